@@ -1,0 +1,1 @@
+"""Models assembled from mini_nn, and the studies that run them; used from a checkout."""

@@ -1,0 +1,410 @@
+"""Autoregressive generation: filters of logits, sampling, the cache of keys and values, the loop.
+
+Sources of the filters: top-k, Fan, Lewis & Dauphin 2018, arXiv:1805.04833; top-p (nucleus),
+Holtzman et al. 2019, arXiv:1904.09751; min-p, Nguyen et al. 2024, arXiv:2407.01082.  Names, order
+and meaning are those of Hugging Face's ``generate``; temperature 0 is greedy decoding.
+
+A model can be generated from if it has ``config.n_positions``, ``config.eos_token_id``,
+``new_cache(capacity)`` and ``next_logits(ids, attention_mask, cache)``; ``GenerationMixin`` adds
+the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from mini_nn import Rng, Tensor, backend, default_rng, ops, shapes
+from mini_nn.backend import Array
+from mini_nn.engine import data_of
+from mini_nn.nn import Module
+
+M = TypeVar("M", bound=Module)
+
+FORBIDDEN = float("-inf")
+
+
+# Filters: logits (…, V) to logits (…, V) in which the tokens that may not be drawn are −inf
+
+
+@shapes("... v, ? -> ... v")
+def top_k_filter(logits: Any, k: int) -> Any:
+    """Keep the k largest logits of each row.
+
+    Args:
+        logits: (…, V), an array or a Tensor.
+        k: at least 1; k ≥ V keeps all.
+
+    Returns:
+        (…, V).  Tokens that tie with the k-th are kept too: more than k survive only then.
+
+    Raises:
+        ValueError: k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"top_k keeps at least 1 token, got {k}: pass None to keep all")
+    x = data_of(logits)
+    vocabulary = x.shape[-1]
+    if k >= vocabulary:
+        return logits
+    at = vocabulary - k
+    threshold = backend.of(x).partition(x, at, axis=-1)[..., at : at + 1]
+    return ops.where(x >= threshold, logits, FORBIDDEN)
+
+
+@shapes("... v, ? -> ... v")
+def top_p_filter(logits: Any, p: float) -> Any:
+    """Keep the smallest set of most probable tokens whose probabilities sum to at least p.
+
+    Args:
+        logits: (…, V), an array or a Tensor.
+        p: in [0, 1]; 0 keeps the most probable token and 1 keeps all, whatever underflows.
+
+    Returns:
+        (…, V).  Of tokens that tie at the border those with the lower numbers are kept, so that the
+        set is the smallest one and the same on each call.  A sum is compared with p after rounding.
+
+    Raises:
+        ValueError: p is outside [0, 1].
+    """
+    _check_fraction("top_p", p)
+    if p == 1:
+        return logits
+    x = data_of(logits)
+    xp = backend.of(x)
+    ascending = xp.argsort(-x, axis=-1, kind="stable")[..., ::-1]
+    probabilities = ops.softmax(xp.take_along_axis(x, ascending, axis=-1))
+    kept = probabilities.cumsum(axis=-1) > 1 - p  # adding up from the tail is the more accurate way
+    kept[..., -1:] = True
+    allowed = xp.empty(x.shape, "bool")
+    xp.put_along_axis(allowed, ascending, kept, axis=-1)
+    return ops.where(allowed, logits, FORBIDDEN)
+
+
+@shapes("... v, ? -> ... v")
+def min_p_filter(logits: Any, p: float) -> Any:
+    """Keep the tokens that are at least p times as probable as the most probable one.
+
+    Args:
+        logits: (…, V), an array or a Tensor.
+        p: in [0, 1]; 0 keeps all and 1 only the most probable token and those that tie with it.
+
+    Returns:
+        (…, V).  Logits are compared with max + ln p, so no probability underflows.
+
+    Raises:
+        ValueError: p is outside [0, 1].
+    """
+    _check_fraction("min_p", p)
+    if p == 0:
+        return logits
+    x = data_of(logits)
+    return ops.where(x >= x.max(axis=-1, keepdims=True) + math.log(p), logits, FORBIDDEN)
+
+
+def filter_logits(
+    logits: Any,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Any:
+    """Temperature, top-k, top-p and min-p, in this order; None leaves one out.
+
+    The result's softmax is the law that ``generate`` draws from, for any temperature above 0.
+
+    Raises:
+        ValueError: the temperature is not positive, or as the filters.
+    """
+    if not temperature > 0:
+        raise ValueError(f"logits are divided by a temperature above 0, got {temperature}")
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None:
+        logits = top_k_filter(logits, top_k)
+    if top_p is not None:
+        logits = top_p_filter(logits, top_p)
+    return logits if min_p is None else min_p_filter(logits, min_p)
+
+
+def sample(logits: Array, rng: Rng) -> Array:
+    """One token for each row of (…, V) by the law softmax(logits): integers of shape (…).
+
+    By the Gumbel-max trick (Gumbel 1954), in which a logit of −inf is never drawn.
+    """
+    return (logits + rng.gumbel(logits.shape, dtype=logits.dtype)).argmax(axis=-1)
+
+
+def _check_fraction(name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} is between 0 and 1, got {p}")
+
+
+# The cache
+
+
+class LayerCache:
+    """The keys and values of one layer, in arrays that are allocated once.
+
+    The first ``append`` decides batch, heads, sizes, dtype and backend.
+
+    Args:
+        capacity: how many positions fit.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.keys: Array = None
+        self.values: Array = None
+
+    def place(self, count: int) -> tuple[int, int]:
+        """Where the next ``count`` positions start and stop; ValueError if they do not fit in."""
+        stop = self.length + count
+        if stop > self.capacity:
+            raise ValueError(
+                f"a cache of capacity {self.capacity} cannot hold {stop} positions: make a larger "
+                "one or truncate it"
+            )
+        return self.length, stop
+
+    def append(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """Add keys (b, h, t, d) and values (b, h, t, e); all there are by now come back, as views.
+
+        Raises:
+            ValueError: they do not fit in, or are not like those of the first call.
+        """
+        start, stop = self.place(key.shape[2])
+        if self.keys is None:
+            self.keys, self.values = (
+                backend.of(x).empty((*x.shape[:2], self.capacity, x.shape[3]), x.dtype)
+                for x in (key, value)
+            )
+        if key.shape[:2] != self.keys.shape[:2] or key.dtype != self.keys.dtype:
+            raise ValueError(
+                f"this cache holds keys of {self.keys.shape[:2]} rows and heads in "
+                f"{self.keys.dtype}, got {key.shape[:2]} in {key.dtype}: make a new cache for "
+                "another batch"
+            )
+        self.keys[:, :, start:stop] = key
+        self.values[:, :, start:stop] = value
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class KVCache:
+    """What attention has seen so far: a ``LayerCache`` for each layer, and which tokens were pads.
+
+    It is written in place and outside the tape, so it belongs to inference only.  Layers have
+    lengths of their own, since a forward pass that stops early fills only the first ones.
+
+    Args:
+        n_layer: the number of layers.
+        capacity: how many positions fit.
+    """
+
+    def __init__(self, n_layer: int, capacity: int) -> None:
+        self.layers = [LayerCache(capacity) for _ in range(n_layer)]
+        self.real: Array = None  # (b, capacity) booleans; None as long as there has been no pad
+
+    @property
+    def length(self) -> int:
+        """How many positions the first layer holds."""
+        return self.layers[0].length
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on, in each layer that has them."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+    def note(self, attention_mask: Array | None, batch: int, count: int) -> Array | None:
+        """Write down which of the next ``count`` tokens are no pads; those of all until then.
+
+        Args:
+            attention_mask: (batch, count) booleans, or None if there is no pad among them.
+            batch: the number of rows.
+            count: the number of tokens.
+
+        Returns:
+            (batch, length + count) booleans, or None if there has been no pad at all.
+
+        Raises:
+            ValueError: they do not fit in.
+        """
+        start, stop = self.layers[0].place(count)
+        if attention_mask is None and self.real is None:
+            return None
+        if self.real is None:
+            xp = backend.of(attention_mask)
+            self.real = xp.ones((batch, self.layers[0].capacity), "bool")
+        self.real[:, start:stop] = True if attention_mask is None else attention_mask
+        return self.real[:, :stop]
+
+
+def on_arrays(module: M) -> M:
+    """A view of the module for inference: parameters are the bare arrays, dropout is off.
+
+    Arrays in, arrays out: every primitive of the forward pass then skips the tape and the Tensors,
+    which at small sizes is half of the time.  The view shares all arrays with the module, whose own
+    attributes are left alone; make it anew after parameters have been given other arrays.
+    """
+    view = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, Module):
+            setattr(view, name, on_arrays(value))
+        elif isinstance(value, Tensor):
+            setattr(view, name, value.data)
+    view.training = False
+    return view
+
+
+# The loop
+
+
+class GenerationMixin:
+    """``generate`` for a Module that has what this file's docstring lists."""
+
+    config: Any
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for this model."""
+        return KVCache(self.config.n_layer, capacity)
+
+    def next_logits(self, ids: Array, attention_mask: Array | None, cache: KVCache | None) -> Any:
+        """Logits (b, V) of the token after the last of ``ids``, (b, t)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its next_logits")
+
+    def generate(
+        self,
+        ids: Any,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        attention_mask: Any = None,
+        rng: Rng | None = None,
+    ) -> Tensor:
+        """Continue each row of ``ids``; the result starts with the prompt.
+
+        Rows of different lengths are padded on the left: say where with ``attention_mask``, or with
+        ``pad_token_id``, whose run at the start of a row is then taken for padding (unless it is an
+        EOS token too, which may well begin a text).  A padded row is continued as it would be
+        alone.
+
+        Args:
+            ids: (b, t) integers, t ≥ 1: an array, a Tensor or lists.
+            max_new_tokens: how many to add at most; 0 returns the prompt.
+            temperature: divides the logits; 0 is greedy decoding, which takes the largest logit
+                (the lowest number of those that tie), draws nothing and needs no filter.
+            top_k: see ``top_k_filter``; None is off.
+            top_p: see ``top_p_filter``; None is off.
+            min_p: see ``min_p_filter``; None is off.
+            eos_token_id: the token, or tokens, that end a row; None for the config's (which may
+                have none), an empty sequence for none.
+            pad_token_id: what follows in a row that has ended, while others go on; None for the
+                first EOS token.  It may lie outside the vocabulary, such as −1 where that is bytes.
+            attention_mask: (b, t), 0 or False where ``ids`` is padding.
+            rng: where to draw from; None for ``default_rng()``.
+
+        Returns:
+            (b, t + n) int64, n ≤ ``max_new_tokens``: it stops early when every row has ended.
+
+        Raises:
+            TypeError: ``ids`` are not integers.
+            ValueError: ``ids`` is not (b, t) with t ≥ 1; prompt and new tokens do not fit into
+                ``config.n_positions``; padding on the right, or a row of nothing else; an argument
+                out of its range.
+        """
+        prompt = as_ids(ids, next(iter(self.parameters())).data)  # type: ignore[attr-defined]
+        xp = backend.of(prompt)
+        batch, start = prompt.shape
+        stop = start + max_new_tokens
+        if max_new_tokens < 0 or stop > self.config.n_positions:
+            raise ValueError(
+                f"a prompt of {start} tokens and {max_new_tokens} new ones do not fit into the "
+                f"{self.config.n_positions} positions of this model: pass max_new_tokens between 0 "
+                f"and {max(self.config.n_positions - start, 0)}, or the prompt's last tokens only"
+            )
+        if temperature < 0:
+            raise ValueError(f"temperature is at least 0 (greedy), got {temperature}")
+        ends = _as_tokens(self.config.eos_token_id if eos_token_id is None else eos_token_id)
+        real = _as_mask(attention_mask, prompt, None if pad_token_id in ends else pad_token_id)
+        pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+        rng = rng or default_rng()
+
+        model = on_arrays(self)  # type: ignore[type-var]
+        cache = model.new_cache(stop)
+        text = xp.full((batch, stop), pad, dtype="int64")
+        text[:, :start] = prompt
+        ended = xp.zeros(batch, "bool")
+        fed = prompt
+        for place in range(start, stop):
+            logits = model.next_logits(fed, real, cache)
+            if temperature == 0:
+                token = logits.argmax(axis=-1)
+            else:
+                token = sample(filter_logits(logits, temperature, top_k, top_p, min_p), rng)
+            if ends:
+                token = xp.where(ended, pad, token)
+                for end in ends:
+                    ended = ended | (token == end)
+            text[:, place] = token
+            if ends and bool(ended.all()):
+                return Tensor(text[:, : place + 1])
+            fed, real = xp.where(ended, 0, token)[:, None] if ends else token[:, None], None
+        return Tensor(text)
+
+
+def as_ids(ids: Any, like: Array) -> Array:
+    """Token numbers as an int64 array of shape (b, t) on the backend of ``like``.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: they have another number of axes, or t is 0.
+    """
+    array = at_home(ids, like)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ValueError(
+            f"ids are (batch, tokens) with at least 1 token, got shape {array.shape}: for one text "
+            "pass [ids], and start an empty one with a token that means so"
+        )
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"ids are integers, got {array.dtype}: convert with astype('int64')")
+    return array.astype("int64", copy=False)
+
+
+def at_home(x: Any, like: Array) -> Array:
+    """Numbers, a Tensor or an array as an array on the backend of ``like``."""
+    x, home = data_of(x), backend.backend_of(like)
+    if isinstance(x, home.array_type):
+        return x
+    return home.xp.asarray(backend.to_host(x) if hasattr(x, "ndim") else x)
+
+
+def _as_tokens(tokens: int | Sequence[int] | None) -> list[int]:
+    if tokens is None:
+        return []
+    return [*tokens] if isinstance(tokens, Sequence) else [int(tokens)]
+
+
+def _as_mask(attention_mask: Any, ids: Array, pad: int | None) -> Array | None:
+    """Booleans that are true where a token is no pad; None if none is."""
+    if attention_mask is None:
+        if pad is None:
+            return None
+        real = (ids != pad).astype("int64").cumsum(axis=1) > 0
+    else:
+        real = at_home(attention_mask, ids) != 0
+    if real.shape != ids.shape:
+        raise ValueError(f"attention_mask has the shape of ids, {ids.shape}, got {real.shape}")
+    if not bool(real[:, -1].all()):
+        raise ValueError(
+            "the last token of each row must be real, but attention_mask or pad_token_id says that "
+            "one is padding: pad on the left, and drop rows that are empty"
+        )
+    return None if bool(real.all()) else real

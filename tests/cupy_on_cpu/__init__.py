@@ -1,0 +1,1 @@
+"""The real CuPy on a CPU: see README.md in this folder."""

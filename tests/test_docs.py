@@ -1,0 +1,49 @@
+"""Prose is code: every fence of the documentation runs, and prints what it says."""
+
+from __future__ import annotations
+
+import re
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import mini_nn
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONS = ELLIPSIS | NORMALIZE_WHITESPACE
+RUNNABLE = {"python": "run here", "bash": "run by .ci/run", "text": "a drawing"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_fence_runs(page: Path) -> None:
+    parser = PythonCodeBlockParser(doctest_optionflags=OPTIONS)
+    with mini_nn.using("numpy"):  # the pages speak of NumPy, whatever the backend under test
+        for example in Sybil([parser]).parse(page).examples():
+            example.evaluate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_is_of_a_kind_that_something_runs(page: Path) -> None:
+    fences = re.findall(r"^\s*```(\w*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fences[::2]) <= RUNNABLE.keys()
+
+
+def test_a_wrong_result_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "wrong.md"
+    page.write_text("```python\n>>> 1 + 1\n3\n\n```\n", encoding="utf-8")
+    parser = PythonCodeBlockParser(doctest_optionflags=OPTIONS)
+    (example,) = Sybil([parser]).parse(page).examples()
+    with pytest.raises(Exception, match="Expected"):
+        example.evaluate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)", text)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
