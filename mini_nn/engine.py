@@ -115,6 +115,7 @@ class Tensor(ArrayMethods):
         Raises:
             RuntimeError: the tensor has no history, is not a scalar and ``gradient`` is missing, or
                 its graph has already been used.
+            ValueError: ``gradient`` has another shape.
         """
         found = backprop(_seeds([self], [gradient], False), None, False, retain_graph)
         for node, g in found.items():

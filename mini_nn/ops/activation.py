@@ -1,4 +1,4 @@
-"""Activation functions, fused: few passes over memory, each with its readable twin.
+"""Activation functions, fused: few passes over memory, with a readable twin where rules need one.
 
 ``f.composite`` is the definition in plain primitives.  It is what is differentiated at second
 order, and the tests hold the two equal to order 2.

@@ -11,8 +11,8 @@ rows of the (n, d) operands, never to the (n, n) weights::
     V̄  = Eᵀ Ḡ                      δ = Σ Ḡ ∘ Y  (row sums)
     S̄  = E ∘ (Ḡ Vᵀ − δ)            Q̄ = S̄ K / √d      K̄ = S̄ᵀ Q / √d
 
-Causal attention is done in blocks of rows, each against the keys up to its own end, which leaves
-out the half of the work that the mask would throw away.
+Causal attention over more than 64 positions is done in blocks of rows, each against the keys up to
+its own end, which leaves out most of the half of the work that the mask would throw away.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def scaled_dot_product_attention(
         norm = 1 / (total if sees else xp.where(total == 0, 1.0, total))
         weights.append(e)
         norms.append(norm)
+        if n == 1:  # decoding: few numbers, so what counts are calls
+            return Kept(e @ value * norm, weights=weights, norms=norms)
         part = e @ value[..., :end, :]
         if y is None:
             y = _heads_inside(xp, (*part.shape[:-2], n, value.shape[-1]), query.dtype)

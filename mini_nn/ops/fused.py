@@ -1,4 +1,4 @@
-"""The layers of a Transformer as single primitives, each with its readable twin.
+"""The layers of a Transformer as single primitives, with their readable twins.
 
 A fused primitive makes few passes over memory, shares work between the gradients of its inputs, and
 works in place on arrays of its own.  ``f.composite`` is the definition in plain primitives: it is

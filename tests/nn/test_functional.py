@@ -247,6 +247,31 @@ def test_glu_of_an_odd_axis(xp: Any) -> None:
         F.glu(xp.zeros((2, 3)), dim=1)
 
 
+def test_what_an_ignored_row_holds_does_not_matter(xp: Any) -> None:
+    """Also −inf in the first class, which stands in for the label that is not there."""
+    weight, target = xp.asarray([2.0, 3.0]), xp.asarray([1, -100])
+    x = Tensor(xp.asarray([[0.5, -1.0], [-math.inf, 0.0]]), requires_grad=True)
+    for loss in (F.cross_entropy, F.nll_loss):
+        y = loss(x, target, weight)
+        assert_close(y, host(loss(x[:1], target[:1], weight)))
+        g = host(mini_nn.grad(y, x)[0])
+        assert g[0].any() and not g[1].any()
+
+
+def test_a_sign_of_all_weights_cancels_in_the_mean(xp: Any) -> None:
+    x, target, weight = (
+        Rng(0).normal((3, 2)),
+        xp.asarray([0, 1, 1]),
+        xp.asarray([2.0, 3.0], "float32"),
+    )
+    assert_close(F.cross_entropy(x, target, -weight), host(F.cross_entropy(x, target, weight)))
+
+
+def test_a_batch_of_nothing_has_no_mean_divergence(xp: Any) -> None:
+    nothing = xp.zeros((0, 3))
+    assert math.isnan(float(host(F.kl_div(nothing, nothing, "batchmean"))))
+
+
 @given(st.integers(0, 2**32), st.sampled_from([0.1, 0.5, 0.9]))
 def test_dropout_keeps_the_mean(xp: Any, seed: int, p: float) -> None:
     """What is kept is x / (1 − p), what is not is 0, and the gradient has the same pattern.

@@ -133,7 +133,7 @@ def _picked(logp: Array, label: Array, weight: Array | None, ignore_index: int) 
         share = xp.where(beyond, math.nan, share)
     picked = ops.take_along_axis(logp, known[:, None], axis=-1).reshape(label.shape)
     share = share.reshape(label.shape)
-    return ops.where(ignored.reshape(label.shape), 0.0, -share * picked), share
+    return share * ops.where(ignored.reshape(label.shape), 0.0, -picked), share
 
 
 def _averaged(losses: Array, share: Array, reduction: str) -> Array:
