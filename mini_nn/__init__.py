@@ -31,29 +31,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Rng",
-    "Tensor",
-    "check",
-    "checkpoint",
-    "default_rng",
-    "from_dlpack",
-    "grad",
-    "hvp",
-    "io",
-    "jvp",
-    "manual_seed",
-    "nn",
-    "no_grad",
-    "ops",
-    "optim",
-    "primitive",
-    "shapes",
-    "tensor",
-    "tune_allocator",
-    "use",
-    "using",
-    "vjp",
-]
+    "Rng", "Tensor", "check", "checkpoint", "default_rng", "from_dlpack", "grad", "hvp", "io",
+    "jvp", "manual_seed", "nn", "no_grad", "ops", "optim", "primitive", "shapes", "tensor",
+    "tune_allocator", "use", "using", "vjp",
+]  # fmt: skip
 
 
 def tensor(data: Any, dtype: Any = None, requires_grad: bool = False) -> Tensor:

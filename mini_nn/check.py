@@ -31,13 +31,9 @@ from .rng import Rng
 from .transforms import pullback
 
 __all__ = [
-    "arrays",
-    "away_from",
-    "broadcastable_shapes",
-    "check_grads",
-    "separated",
+    "arrays", "away_from", "broadcastable_shapes", "check_grads", "separated",
     "shapes_with_axis",
-]
+]  # fmt: skip
 
 COMPLEX_STEP = 1e-30
 CENTRAL_STEP = 6e-6  # the cube root of float64's precision balances truncation and rounding

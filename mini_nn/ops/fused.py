@@ -24,16 +24,9 @@ from .reduce import logsumexp, mean
 from .shape import expand_dims, matrix_transpose, reshape
 
 __all__ = [
-    "addmm",
-    "cross_entropy",
-    "embedding",
-    "layer_norm",
-    "linear",
-    "log_softmax",
-    "rms_norm",
-    "segment_sum",
-    "softmax",
-]
+    "addmm", "cross_entropy", "embedding", "layer_norm", "linear", "log_softmax", "rms_norm",
+    "segment_sum", "softmax",
+]  # fmt: skip
 
 
 def _rows(x: Any) -> Any:

@@ -20,18 +20,9 @@ from .elementwise import of
 from .shape import flip
 
 __all__ = [
-    "argsort",
-    "gather",
-    "getitem",
-    "nonzero",
-    "one_hot",
-    "scatter",
-    "scatter_add",
-    "sort",
-    "take",
-    "take_along_axis",
-    "topk",
-]
+    "argsort", "gather", "getitem", "nonzero", "one_hot", "scatter", "scatter_add", "sort",
+    "take", "take_along_axis", "topk",
+]  # fmt: skip
 
 Index = Any
 

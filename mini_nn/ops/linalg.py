@@ -34,23 +34,9 @@ from .reduce import sum as total
 from .shape import expand_dims, matrix_transpose, reshape, tril, triu
 
 __all__ = [
-    "cholesky",
-    "det",
-    "diag",
-    "diagonal",
-    "dot",
-    "einsum",
-    "inner",
-    "inv",
-    "matmul",
-    "norm",
-    "outer",
-    "qr",
-    "slogdet",
-    "solve",
-    "tensordot",
-    "trace",
-]
+    "cholesky", "det", "diag", "diagonal", "dot", "einsum", "inner", "inv", "matmul", "norm",
+    "outer", "qr", "slogdet", "solve", "tensordot", "trace",
+]  # fmt: skip
 
 
 # Norms

@@ -17,16 +17,8 @@ from .reduce import sum as total
 from .shape import broadcast_to, expand_dims, reshape, swapaxes, transpose
 
 __all__ = [
-    "diag",
-    "diagonal",
-    "dot",
-    "einsum",
-    "inner",
-    "matmul",
-    "outer",
-    "tensordot",
-    "trace",
-]
+    "diag", "diagonal", "dot", "einsum", "inner", "matmul", "outer", "tensordot", "trace",
+]  # fmt: skip
 
 
 @primitive

@@ -25,22 +25,9 @@ from .elementwise import astype, clip, equal, exp, of, where
 from .shape import broadcast_to, concatenate, flip, transpose
 
 __all__ = [
-    "all",
-    "any",
-    "argmax",
-    "argmin",
-    "count_nonzero",
-    "cumprod",
-    "cumsum",
-    "logsumexp",
-    "max",
-    "mean",
-    "min",
-    "prod",
-    "std",
-    "sum",
-    "var",
-]
+    "all", "any", "argmax", "argmin", "count_nonzero", "cumprod", "cumsum", "logsumexp", "max",
+    "mean", "min", "prod", "std", "sum", "var",
+]  # fmt: skip
 
 Axis = Any
 

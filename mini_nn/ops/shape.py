@@ -14,35 +14,11 @@ from ..engine import Tensor, data_of, primitive
 from .elementwise import of, of_any
 
 __all__ = [
-    "arange",
-    "broadcast_to",
-    "concatenate",
-    "expand_dims",
-    "eye",
-    "flip",
-    "full",
-    "full_like",
-    "linspace",
-    "matrix_transpose",
-    "moveaxis",
-    "ones",
-    "ones_like",
-    "pad",
-    "repeat",
-    "reshape",
-    "roll",
-    "split",
-    "squeeze",
-    "stack",
-    "swapaxes",
-    "tile",
-    "to_backend",
-    "transpose",
-    "tril",
-    "triu",
-    "zeros",
-    "zeros_like",
-]
+    "arange", "broadcast_to", "concatenate", "expand_dims", "eye", "flip", "full", "full_like",
+    "linspace", "matrix_transpose", "moveaxis", "ones", "ones_like", "pad", "repeat", "reshape",
+    "roll", "split", "squeeze", "stack", "swapaxes", "tile", "to_backend", "transpose", "tril",
+    "triu", "zeros", "zeros_like",
+]  # fmt: skip
 
 Shape = Any
 Axis = Any

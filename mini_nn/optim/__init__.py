@@ -24,18 +24,6 @@ from .schedule import LambdaLR, Schedule, noam, warmup_cosine
 from .sgd import SGD, sgd_step
 
 __all__ = [
-    "EMA",
-    "SGD",
-    "Adam",
-    "AdamW",
-    "LambdaLR",
-    "Optimizer",
-    "Schedule",
-    "adam_step",
-    "adamw_step",
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "noam",
-    "sgd_step",
-    "warmup_cosine",
-]
+    "EMA", "SGD", "Adam", "AdamW", "LambdaLR", "Optimizer", "Schedule", "adam_step",
+    "adamw_step", "clip_grad_norm_", "clip_grad_value_", "noam", "sgd_step", "warmup_cosine",
+]  # fmt: skip
