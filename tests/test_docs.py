@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import mini_nn
+from models.studies import gpt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,3 +50,15 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)", text)
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure() -> None:
+    page = (ROOT / "docs" / "gpt.md").read_text(encoding="utf-8")
+    made = json.loads((ROOT / "docs" / "figures" / "gpt.json").read_text(encoding="utf-8"))
+    assert made["config"] == asdict(gpt.STUDY.full) and made["budget"] == "full"
+    metrics = made["metrics"]
+    model = gpt.build(gpt.STUDY.full, mini_nn.Rng(0))
+    assert metrics["parameters"] == model.num_parameters() and f"{metrics['parameters']:,}" in page
+    quoted = {"validation": "**{:.2f}**", "gzip": "gzip ({:.2f})", "LZMA": "LZMA ({:.2f})"}
+    for name, text in {**quoted, "bzip2": "bzip2 ({:.2f})"}.items():
+        assert text.format(metrics[f"{name}_bits_per_character"]) in page
