@@ -43,7 +43,7 @@ class LayerNorm(Module):
 
     def forward(self, input: Array) -> Array:
         """(…, *normalized_shape)."""
-        if len(self.normalized_shape) == 1:
+        if len(self.normalized_shape) == 1:  # no axes to join: decoding feels the detour
             return ops.layer_norm(input, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 

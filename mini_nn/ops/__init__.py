@@ -9,6 +9,7 @@ from .fused import *
 from .index import *
 from .linalg import *
 from .pooling import *
+from .products import *
 from .reduce import *
 from .shape import *
 

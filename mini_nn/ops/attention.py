@@ -22,8 +22,8 @@ from typing import Any
 from ..engine import data_of, primitive
 from ..tape import Kept
 from .elementwise import of, where
-from .fused import _rows, softmax
-from .linalg import matmul
+from .fused import as_rows, softmax
+from .products import matmul
 from .shape import matrix_transpose
 
 __all__ = ["scaled_dot_product_attention"]
@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
             top = e.max(axis=-1, keepdims=True)
             e -= top if sees else xp.where(top == float("-inf"), 0.0, top)
         xp.exp(e, out=e)
-        total = (_rows(e) @ xp.ones(end, e.dtype)).reshape(*e.shape[:-1], 1)
+        total = (as_rows(e) @ xp.ones(end, e.dtype)).reshape(*e.shape[:-1], 1)
         norm = 1 / (total if sees else xp.where(total == 0, 1.0, total))
         weights.append(e)
         norms.append(norm)

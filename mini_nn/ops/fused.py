@@ -19,7 +19,7 @@ from ..engine import data_of, primitive
 from ..tape import Kept
 from .elementwise import equal, exp, log, of, rsqrt, where
 from .index import take, take_along_axis
-from .linalg import matmul
+from .products import matmul
 from .reduce import logsumexp, mean
 from .shape import expand_dims, matrix_transpose, reshape
 
@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _rows(x: Any) -> Any:
+def as_rows(x: Any) -> Any:
     """All leading axes as one; ``-1`` could not be inferred where the last axis is empty."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -72,7 +72,7 @@ def _affine(name: str, x: Any, matrix: Any, bias: Any, layout: str) -> Any:
             f"{name} takes an input (…, in), a weight {layout} and a bias (out,); got input "
             f"{x.shape}, weight {needs}, bias {None if bias is None else bias.shape}"
         )
-    y = _rows(x).dot(matrix)
+    y = as_rows(x).dot(matrix)
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], matrix.shape[1])
@@ -80,10 +80,10 @@ def _affine(name: str, x: Any, matrix: Any, bias: Any, layout: str) -> Any:
 
 @linear.joint_derivative("x", "weight", "bias")
 def _linear_rule(g: Any, needs: Any, x: Any, weight: Any) -> tuple[Any, Any, Any]:
-    rows = _rows(g)
+    rows = as_rows(g)
     return (
         (rows @ weight).reshape(x.shape) if needs[0] else None,  # X̄ = Ȳ W
-        rows.T @ _rows(x) if needs[1] else None,  # W̄ = Ȳᵀ X
+        rows.T @ as_rows(x) if needs[1] else None,  # W̄ = Ȳᵀ X
         _column_sums(rows) if needs[2] else None,
     )
 
@@ -100,11 +100,11 @@ def addmm(bias: Any, x: Any, weight: Any) -> Any:
 
 @addmm.joint_derivative("bias", "x", "weight")
 def _addmm_rule(g: Any, needs: Any, x: Any, weight: Any) -> tuple[Any, Any, Any]:
-    rows = _rows(g)
+    rows = as_rows(g)
     return (
         _column_sums(rows) if needs[0] else None,
         (rows @ weight.T).reshape(x.shape) if needs[1] else None,
-        _rows(x).T @ rows if needs[2] else None,
+        as_rows(x).T @ rows if needs[2] else None,
     )
 
 
@@ -189,7 +189,9 @@ def _finite_or_zero(m: Any) -> Any:
 def _shifted(x: Any, axis: int) -> Any:
     """x less its maximum, as a constant: what is made of it does not depend on the shift."""
     values = data_of(x)
-    return x - _finite_or_zero(values.max(axis=axis, keepdims=True)) if values.size else x
+    if not values.size:  # a copy all the same: callers go on in place
+        return x + 0.0
+    return x - _finite_or_zero(values.max(axis=axis, keepdims=True))
 
 
 def _softmax_definition(x: Any, axis: int = -1) -> Any:
@@ -204,8 +206,7 @@ def softmax(x: Any, axis: int = -1) -> Any:
 
     A row of −inf alone (fully masked) gives zeros with gradient 0, where torch gives nan.
     """
-    e = x - _finite_or_zero(x.max(axis=axis, keepdims=True)) if x.size else x + 0.0
-    e = of(x).exp(e)
+    e = of(x).exp(_shifted(x, axis))
     total = e.sum(axis=axis, keepdims=True)
     e *= 1.0 / of(x).where(total == 0, 1.0, total)
     return e
@@ -231,7 +232,7 @@ def _log_softmax_definition(x: Any, axis: int = -1) -> Any:
 @primitive(composite=_log_softmax_definition)
 def log_softmax(x: Any, axis: int = -1) -> Any:
     """x − ln Σ exp(x) along an axis; a row of −inf alone stays −inf, with gradient 0."""
-    y = x - _finite_or_zero(x.max(axis=axis, keepdims=True)) if x.size else x + 0.0
+    y = _shifted(x, axis)
     total = of(x).exp(y).sum(axis=axis, keepdims=True)
     y -= of(x).log(of(x).where(total == 0, 1.0, total))
     return y
@@ -345,7 +346,7 @@ def layer_norm(x: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) 
         ValueError: a shape does not fit.
     """
     _check_norm("layer_norm", x, weight, bias)
-    xp, rows = of(x), _rows(x)
+    xp, rows = of(x), as_rows(x)
     ones = _ones_over_length(rows)
     normal = rows - rows.dot(ones)[:, None]
     y = normal * normal
@@ -359,7 +360,7 @@ def layer_norm(x: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) 
 
 @layer_norm.joint_derivative("x", "weight", "bias")
 def _layer_norm_rule(g: Any, needs: Any, weight: Any, normal: Any, rstd: Any) -> tuple[Any, ...]:
-    rows = _rows(g)
+    rows = as_rows(g)
     products = rows * normal
     grads: list[Any] = [None, None, None]
     if needs[0]:
@@ -394,7 +395,7 @@ def rms_norm(x: Any, weight: Any = None, eps: float = 1e-6) -> Any:
         ValueError: a shape does not fit.
     """
     _check_norm("rms_norm", x, weight, None)
-    rows = _rows(x)
+    rows = as_rows(x)
     rstd = 1 / of(x).sqrt(_row_products(rows, rows) * (1 / rows.shape[1]) + eps)
     normal = rows * rstd[:, None]
     y = normal if weight is None else normal * weight
@@ -403,7 +404,7 @@ def rms_norm(x: Any, weight: Any = None, eps: float = 1e-6) -> Any:
 
 @rms_norm.joint_derivative("x", "weight")
 def _rms_norm_rule(g: Any, needs: Any, weight: Any, normal: Any, rstd: Any) -> tuple[Any, Any]:
-    rows = _rows(g)
+    rows = as_rows(g)
     products = rows * normal
     x = None
     if needs[0]:

@@ -26,17 +26,14 @@ from typing import Any
 from ..engine import primitive
 from .elementwise import abs as absolute
 from .elementwise import equal, of, power, sqrt, where
-from .products import diag, diagonal, dot, einsum, inner, matmul, outer, tensordot, trace
+from .products import matmul
 from .reduce import count_nonzero
 from .reduce import max as largest
 from .reduce import min as smallest
 from .reduce import sum as total
 from .shape import expand_dims, matrix_transpose, reshape, tril, triu
 
-__all__ = [
-    "cholesky", "det", "diag", "diagonal", "dot", "einsum", "inner", "inv", "matmul", "norm",
-    "outer", "qr", "slogdet", "solve", "tensordot", "trace",
-]  # fmt: skip
+__all__ = ["cholesky", "det", "inv", "norm", "qr", "slogdet", "solve"]
 
 
 # Norms

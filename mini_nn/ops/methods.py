@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import backend
 from ..engine import Tensor, data_of
-from . import elementwise, index, linalg, reduce, shape
+from . import elementwise, index, products, reduce, shape
 
 Index = Any
 Axis = Any
@@ -147,10 +147,10 @@ class ArrayMethods:
         return elementwise.power(other, self)
 
     def __matmul__(self, other: Any) -> Tensor:
-        return linalg.matmul(self, other)
+        return products.matmul(self, other)
 
     def __rmatmul__(self, other: Any) -> Tensor:
-        return linalg.matmul(other, self)
+        return products.matmul(other, self)
 
     def __neg__(self) -> Tensor:
         return elementwise.negative(self)
@@ -291,11 +291,11 @@ class ArrayMethods:
 
     def dot(self, other: Any) -> Tensor:
         """ndarray.dot."""
-        return linalg.dot(self, other)
+        return products.dot(self, other)
 
     def trace(self) -> Tensor:
         """ndarray.trace: the sum of the diagonal of the first two axes."""
-        return linalg.trace(self)
+        return products.trace(self)
 
 
 def graft() -> None:
