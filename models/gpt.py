@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,14 +31,12 @@ from mini_nn import Rng, Tensor, backend, io, nn, ops
 from mini_nn.backend import Array
 from mini_nn.engine import data_of, primitive
 from mini_nn.nn import Module, Parameter
+from mini_nn.nn.residual import Residual, pre_norm
 
 from .generation import GenerationMixin, KVCache, LayerCache, as_ids, at_home, on_arrays
 
 Attention = Callable[..., Any]
 """``attention(query, key, value, is_causal=…)`` or ``attn_mask=…``: see ``CausalSelfAttention``."""
-
-Residual = Callable[..., Any]
-"""``residual(x, norm, branch, *context)``: the block's output for ``x``, see ``pre_norm``."""
 
 
 def gelu_new(x: Any) -> Any:
@@ -276,11 +275,6 @@ class MLP(Module):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
-def pre_norm(x: Any, norm: Module, branch: Module, *context: Any) -> Any:
-    """x + branch(norm(x)): GPT-2's way to wrap a branch."""
-    return x + branch(norm(x), *context)
-
-
 class Block(Module):
     """Attention and an MLP, each a branch beside the residual stream.
 
@@ -289,8 +283,10 @@ class Block(Module):
         rng: for the initial weights and dropout.
         attention: see ``CausalSelfAttention``.
         mlp: a Module (b, t, d) → (b, t, d) in place of ``MLP``.
-        residuals: how the two branches are wrapped; a wrapper with parameters is a Module of its
-            own for each branch.
+        residuals: how the two branches are wrapped, see ``mini_nn.nn.residual``; a wrapper with
+            parameters is a Module of its own for each branch.
+        norm: makes the norm of a branch; None for ``LayerNorm``.  For wrappers that use none,
+            ``nn.Identity`` leaves out its parameters.
     """
 
     def __init__(
@@ -300,10 +296,12 @@ class Block(Module):
         attention: Attention | None = None,
         mlp: Module | None = None,
         residuals: tuple[Residual, Residual] = (pre_norm, pre_norm),
+        norm: Callable[[], Module] | None = None,
     ) -> None:
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        norm = norm or partial(nn.LayerNorm, config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = norm()
         self.attn = CausalSelfAttention(config, rng, attention)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = norm()
         self.mlp = mlp or MLP(config, rng)
         self.attn_residual, self.mlp_residual = residuals
 
@@ -316,7 +314,13 @@ class Block(Module):
 class Transformer(Module):
     """Embeddings, blocks and the last norm: token numbers in, hidden states out."""
 
-    def __init__(self, config: GPTConfig, rng: Rng, blocks: Iterable[Module] | None) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        rng: Rng,
+        blocks: Iterable[Module] | None,
+        norm: Callable[[], Module] | None = None,
+    ) -> None:
         std = config.initializer_range
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, rng=rng)  # draws from N(0, 1)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, rng=rng)
@@ -326,7 +330,7 @@ class Transformer(Module):
         if blocks is None:
             blocks = [Block(config, rng) for _ in range(config.n_layer)]
         self.h = nn.ModuleList(blocks)
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_f = norm() if norm else nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def forward(self, ids: Array, attention_mask: Any = None, cache: KVCache | None = None) -> Any:
         """(b, t) integers to (b, t, d); the arguments are those of ``GPT.forward``."""
@@ -376,17 +380,22 @@ class GPT(GenerationMixin, Module):
         rng: for the initial weights and dropout; None for ``Rng(0)``.
         blocks: ``config.n_layer`` Modules ``block(x, mask, cache)`` in place of GPT-2's, such as
             ``[Block(config, rng, attention=…) for _ in range(config.n_layer)]``.
+        norm: makes the norm before the logits; None for ``LayerNorm``, ``nn.Identity`` for none.
 
     Raises:
         ValueError: the number of blocks is not ``config.n_layer``.
     """
 
     def __init__(
-        self, config: GPTConfig, rng: Rng | None = None, blocks: Iterable[Module] | None = None
+        self,
+        config: GPTConfig,
+        rng: Rng | None = None,
+        blocks: Iterable[Module] | None = None,
+        norm: Callable[[], Module] | None = None,
     ) -> None:
         rng = Rng(0) if rng is None else rng
         self.config = config
-        self.transformer = Transformer(config, rng, blocks)
+        self.transformer = Transformer(config, rng, blocks, norm)
         if len(self.transformer.h) != config.n_layer:
             raise ValueError(
                 f"config.n_layer is {config.n_layer}, got {len(self.transformer.h)} blocks"

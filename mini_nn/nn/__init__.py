@@ -1,12 +1,16 @@
 """Modules and layers under torch.nn's names, arguments, layouts and defaults."""
 
-from . import functional
+from . import functional, gaussian, init, schemes
 from .activation import (
     ELU,
     GELU,
     SELU,
+    AlphaDropout,
+    Corrected,
+    Erf,
     LeakyReLU,
     LogSoftmax,
+    Mish,
     ReLU,
     Sigmoid,
     SiLU,
@@ -26,13 +30,25 @@ from .conv import (
 from .layers import Dropout, Embedding, Flatten, Identity, Linear
 from .loss import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss, SmoothL1Loss
 from .module import Mismatch, Module, Parameter
-from .norm import BatchNorm1d, BatchNorm2d, GroupNorm, InstanceNorm2d, LayerNorm, RMSNorm
+from .norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    DyISRU,
+    DyT,
+    GroupNorm,
+    InstanceNorm2d,
+    InstanceRMSNorm2d,
+    LayerNorm,
+    ModulatedConv2d,
+    RMSNorm,
+)
 
 __all__ = [
-    "ELU", "GELU", "SELU", "AdaptiveAvgPool2d", "AvgPool2d", "BCEWithLogitsLoss", "BatchNorm1d",
-    "BatchNorm2d", "Conv1d", "Conv2d", "ConvTranspose2d", "CrossEntropyLoss", "Dropout",
-    "Embedding", "Flatten", "GroupNorm", "Identity", "InstanceNorm2d", "LayerNorm", "LeakyReLU",
-    "Linear", "LogSoftmax", "MSELoss", "MaxPool2d", "Mismatch", "Module", "ModuleDict",
-    "ModuleList", "Parameter", "RMSNorm", "ReLU", "Sequential", "SiLU", "Sigmoid",
-    "SmoothL1Loss", "Softmax", "Softplus", "Tanh", "functional",
+    "ELU", "GELU", "SELU", "AdaptiveAvgPool2d", "AlphaDropout", "AvgPool2d", "BCEWithLogitsLoss",
+    "BatchNorm1d", "BatchNorm2d", "Conv1d", "Conv2d", "ConvTranspose2d", "Corrected",
+    "CrossEntropyLoss", "Dropout", "DyISRU", "DyT", "Embedding", "Erf", "Flatten", "GroupNorm",
+    "Identity", "InstanceNorm2d", "InstanceRMSNorm2d", "LayerNorm", "LeakyReLU", "Linear",
+    "LogSoftmax", "MSELoss", "MaxPool2d", "Mish", "Mismatch", "ModulatedConv2d", "Module",
+    "ModuleDict", "ModuleList", "Parameter", "RMSNorm", "ReLU", "Sequential", "SiLU", "Sigmoid",
+    "SmoothL1Loss", "Softmax", "Softplus", "Tanh", "functional", "gaussian", "init", "schemes",
 ]  # fmt: skip

@@ -322,7 +322,7 @@ def answer(row: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-UNASKED = ("avg_pool1d", "conv_transpose1d", "dropout", "max_pool1d")
+UNASKED = ("alpha_dropout", "avg_pool1d", "conv_transpose1d", "dropout", "max_pool1d")
 LOSSES = ("BCEWithLogitsLoss", "CrossEntropyLoss", "MSELoss", "SmoothL1Loss")
 
 
@@ -378,6 +378,7 @@ def layers() -> list[Any]:
         ("AvgPool2d", [2], {}, images[:1]),
         ("AvgPool2d", [[3, 2], 2], {"padding": 1, "count_include_pad": False}, images[:1]),
         ("AdaptiveAvgPool2d", [[2, None]], {}, images[:1]),
+        ("Mish", [], {}, x),
     ]
 
 
@@ -440,11 +441,8 @@ def main() -> None:
         found = answer_of_layer(*row)
         names.append([n.removeprefix("before.") for n in found if n.startswith("before.")])
         stored |= {f"layer.{i}.{name}": np.asarray(a, order="C") for name, a in found.items()}
-    functions = sorted(
-        {row["function"] for row in rows}
-        | {"avg_pool1d", "conv_transpose1d", "dropout", "max_pool1d"}
-    )
-    classes = sorted({name for name, *_ in made} | {"Dropout", *LOSSES})
+    functions = sorted({row["function"] for row in rows} | {*UNASKED})
+    classes = sorted({name for name, *_ in made} | {"AlphaDropout", "Dropout", *LOSSES})
     signatures = {name: signature(torch.nn.functional, name) for name in functions}
     signatures |= {name: signature(torch.nn, name) for name in classes}
     metadata = {

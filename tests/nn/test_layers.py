@@ -14,7 +14,12 @@ from tests.nn.goldens import LAYERS, has_torchs_signature, layer_answers_as_torc
 from tests.support import assert_close, host
 
 NORMS = ("LayerNorm", "RMSNorm", "BatchNorm1d", "BatchNorm2d", "GroupNorm", "InstanceNorm2d")
-OWN = ("Mismatch", "Module", "ModuleDict", "ModuleList", "Parameter", "Sequential", "functional")
+OWN = (
+    "Mismatch", "Module", "ModuleDict", "ModuleList", "Parameter", "Sequential", "functional",
+    "Corrected", "DyISRU", "DyT", "Erf", "InstanceRMSNorm2d", "ModulatedConv2d", "gaussian", "init",
+    "schemes",
+)  # fmt: skip
+"""What torch.nn has not, or not with a signature."""
 
 
 @pytest.mark.parametrize(

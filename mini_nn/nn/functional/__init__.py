@@ -18,6 +18,7 @@ from ...ops import (
     unfold,
 )
 from .activation import (
+    alpha_dropout,
     dropout,
     elu,
     gelu,
@@ -53,12 +54,12 @@ from .loss import (
 from .norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 
 __all__ = [
-    "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "batch_norm", "binary_cross_entropy",
-    "binary_cross_entropy_with_logits", "conv1d", "conv2d", "conv_transpose1d",
-    "conv_transpose2d", "cosine_similarity", "cross_entropy", "dropout", "elu", "embedding",
-    "fold", "gelu", "glu", "group_norm", "hardtanh", "huber_loss", "instance_norm",
+    "adaptive_avg_pool2d", "alpha_dropout", "avg_pool1d", "avg_pool2d", "batch_norm",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "conv1d", "conv2d",
+    "conv_transpose1d", "conv_transpose2d", "cosine_similarity", "cross_entropy", "dropout", "elu",
+    "embedding", "fold", "gelu", "glu", "group_norm", "hardtanh", "huber_loss", "instance_norm",
     "interpolate", "kl_div", "l1_loss", "layer_norm", "leaky_relu", "linear", "log_softmax",
     "logsigmoid", "max_pool1d", "max_pool2d", "mish", "mse_loss", "nll_loss", "normalize",
-    "one_hot", "pad", "pixel_shuffle", "relu", "rms_norm", "scaled_dot_product_attention",
-    "selu", "sigmoid", "silu", "smooth_l1_loss", "softmax", "softplus", "tanh", "unfold",
+    "one_hot", "pad", "pixel_shuffle", "relu", "rms_norm", "scaled_dot_product_attention", "selu",
+    "sigmoid", "silu", "smooth_l1_loss", "softmax", "softplus", "tanh", "unfold",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from ...rng import Rng, default_rng
 
 SELU_ALPHA = 1.6732632423543772
 SELU_SCALE = 1.0507009873554805
+"""Literals, for speed of import; ``nn.gaussian.selu_constants`` derives them."""
 
 
 def relu(input: Array) -> Array:
@@ -124,3 +125,35 @@ def dropout(input: Array, p: float = 0.5, training: bool = True, rng: Rng | None
     with using(backend_of(data_of(input)).name):
         keep = (default_rng() if rng is None else rng).bernoulli(1.0 - p, input.shape)
     return input * (keep.astype(input.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
+
+
+def alpha_dropout(
+    input: Array, p: float = 0.5, training: bool = False, rng: Rng | None = None
+) -> Array:
+    """Replace each element with probability ``p`` by the lower limit of selu, −λα, then rescale.
+
+    Klambauer et al. 2017, arXiv:1706.02515, section 3.  With α′ = −λα and q = 1 − p the result is
+    a (x or α′) + b, where a = (q + α′² p q)^(−1/2) and b = −a p α′: inputs of mean 0 and variance 1
+    stay so, where plain dropout would raise their variance to 1/q.
+
+    Args:
+        input: any shape.
+        p: in [0, 1]; 1 gives zeros.
+        training: False returns the input itself.
+        rng: what is drawn from (None: ``default_rng()``); one draw per element.
+
+    Raises:
+        ValueError: ``p`` is not a probability.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"alpha_dropout takes a probability p in [0, 1], got {p}")
+    if not training or p == 0.0:
+        return input
+    if p == 1.0:
+        return input * 0.0
+    low, q = -SELU_SCALE * SELU_ALPHA, 1.0 - p
+    a = (q + low * low * p * q) ** -0.5
+    with using(backend_of(data_of(input)).name):
+        keep = (default_rng() if rng is None else rng).bernoulli(q, input.shape)
+    keep = keep.astype(input.dtype)
+    return input * (a * keep) + (a * low * (1.0 - keep) - a * p * low)
