@@ -156,6 +156,66 @@ def segment_sum(values: Array, index: Array, count: int) -> Array:
     return (spread @ rows).reshape(count, *values.shape[1:])
 
 
+def weighted_rows(weights: Array, index: Array, rows: Array) -> Array:
+    """``out[r] = Σ_e weights[r, e] rows[index[r, e]]``: a sparse matrix times a dense one.
+
+    Args:
+        weights: (r, e).
+        index: (r, e) integers in [0, k); an entry with weight 0 needs a number in range too.
+        rows: (k, c), of the dtype of ``weights``.
+
+    Raises:
+        IndexError: a number is out of range, on the host.
+    """
+    xp, (count, entries) = of(rows), index.shape
+    if xp is np and rows.dtype.itemsize >= 4:
+        return _sparse("csr", weights, index, count, len(rows)) @ rows
+    out = xp.empty((count, 1, rows.shape[1]), rows.dtype)
+    step = max(1, GATHERED // max(entries * rows.shape[1], 1))
+    for start in range(0, count, step):
+        block = slice(start, start + step)
+        out[block] = weights[block, None] @ rows[index[block]]
+    return out[:, 0]
+
+
+def spread_rows(weights: Array, index: Array, values: Array, count: int) -> Array:
+    """The transpose of ``weighted_rows``: ``out[index[r, e]] += weights[r, e] values[r]``.
+
+    Args:
+        weights, index: (r, e).
+        values: (r, c).
+        count: k, the number of rows of the result.
+    """
+    xp, (targets, entries) = of(values), index.shape
+    if xp is np and values.dtype.itemsize >= 4:
+        return _sparse("csc", weights, index, targets, count) @ values
+    out = xp.zeros((count, values.shape[1]), values.dtype)
+    step = max(1, GATHERED // max(entries * values.shape[1], 1))
+    for start in range(0, targets, step):
+        block = slice(start, start + step)
+        scatter_add(out, index[block], weights[block, :, None] * values[block, None])
+    return out
+
+
+GATHERED = 1 << 19
+"""Numbers that are gathered at a time where there is no sparse product: 2 MiB of float32."""
+
+
+def _sparse(kind: str, weights: Array, index: Array, count: int, size: int) -> Any:
+    """SciPy's matrix (count, size) with e entries in each row (csr), or its transpose (csc)."""
+    from scipy import sparse  # slow to import, and not everyone samples
+
+    entries = index.shape[1]
+    if index.size and (index.min() < 0 or index.max() >= size):  # SciPy does not look
+        raise IndexError(
+            f"a row has a number from 0 to {size - 1}, got {index.min()} … {index.max()}"
+        )
+    starts = np.arange(count + 1, dtype=index.dtype) * entries
+    make, shape = getattr(sparse, f"{kind}_array"), (count, size)
+    parts = (weights.reshape(-1), index.reshape(-1), starts)
+    return make(parts, shape=shape if kind == "csr" else shape[::-1])
+
+
 def to_host(x: Array) -> Any:
     """``x`` as a NumPy array; a NumPy array is returned as it is, a device array is copied."""
     return backend_of(x).to_host(x)

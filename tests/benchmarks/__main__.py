@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .workloads import WORKLOADS, Workload
+from .workloads import PACKAGES, WORKLOADS, Workload
 
 
 @dataclass
@@ -80,8 +80,9 @@ class Worker:
 
 def compare(workload: Workload, peer: str, threads: int, rounds: int) -> Row:
     """Measure ours and one peer in turn."""
-    if importlib.util.find_spec(peer) is None:
-        missing = f"{peer} is not installed"
+    package = PACKAGES.get(peer, peer)
+    if importlib.util.find_spec(package) is None:
+        missing = f"{package} is not installed"
         return Row(workload.name, peer, threads, None, None, None, workload.unit, missing)
     ours, theirs = (Worker(workload.name, who, threads) for who in ("mini_nn", peer))
     try:
@@ -110,10 +111,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _show(row: Row) -> str:
     if row.ratio is None:
-        return f"{row.workload:24} {row.peer:10} {row.threads:7}  {row.note}"
+        return f"{row.workload:24} {row.peer:11} {row.threads:7}  {row.note}"
     assert row.ours is not None and row.theirs is not None
     sides = f"{row.ours:12.4g} {row.theirs:12.4g} {row.unit}"
-    return f"{row.workload:24} {row.peer:10} {row.threads:7} {row.ratio:8.3f} {sides}"
+    return f"{row.workload:24} {row.peer:11} {row.threads:7} {row.ratio:8.3f} {sides}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parse(argv)
     if not arguments.json:
         print(
-            f"{'workload':24} {'peer':10} {'threads':>7} {'ratio':>8} {'ours':>12} {'theirs':>12}"
+            f"{'workload':24} {'peer':11} {'threads':>7} {'ratio':>8} {'ours':>12} {'theirs':>12}"
         )
     for name in arguments.names or WORKLOADS:
         workload = WORKLOADS[name]

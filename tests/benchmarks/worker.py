@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 
-from .workloads import WORKLOADS
+from .workloads import ON_TORCH, WORKLOADS
 
 
 def main() -> None:
     """Build the workload, say so, then answer each line with the figure of one unit of work."""
     name, implementation, threads = sys.argv[1:]
     workload = WORKLOADS[name]
-    if implementation == "torch":
+    if implementation in ON_TORCH:
         import torch
 
         torch.set_num_threads(int(threads))

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 ALL = ("torch", "autograd", "mygrad")
 
+PACKAGES = {"grid_sample": "torch"}
+"""What has to be installed for a peer that is not called like a package."""
+
+ON_TORCH = ("torch", "torchvision", "grid_sample")
+"""Peers whose threads are torch's."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -44,6 +50,8 @@ _LIST = [
     Workload("decode_nano", "decode", ("torch",), rounds=7),
     Workload("conv2d", "convolution", ("torch",), rounds=25),
     Workload("conv2d_depthwise", "convolution", ("torch",), rounds=25),
+    Workload("deform_conv2d", "deform_conv", ("torchvision", "grid_sample"), rounds=15),
+    Workload("deformable_attention", "deformable_attention", ("grid_sample",), rounds=9),
     Workload("primitives", "primitives", ("torch",), rounds=9),
     *(Workload(f"primitives.{p}", "primitives", ("torch",), rounds=9) for p in PRIMITIVES),
     Workload("op_overhead", "overhead", ALL, unit="us", rounds=25, threads=(1,)),

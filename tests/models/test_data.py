@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from models import data
 
 README = (data.FOLDER / "README.md").read_text("utf-8")
-ROW = re.compile(r"^\| `([^`]+\.(?:txt|npz))` \| ([\d,]+) \|.*\| `([0-9a-f]{64})` \|$", re.MULTILINE)
+ROW = re.compile(
+    r"^\| `([^`]+\.(?:txt|npz))` \| ([\d,]+) \|.*\| `([0-9a-f]{64})` \|$", re.MULTILINE
+)
 
 
 def test_the_readme_names_every_file_with_its_size_and_sha256() -> None:
