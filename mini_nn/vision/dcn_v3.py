@@ -19,9 +19,14 @@ The order is not that of the first two versions: places of the kernel run column
 y inner), and an offset is (x, y).  ``offset_scale`` s scales the whole grid: p₀ + s (pₖ + Δp), with
 pₖ counted from the middle, ⌊dilation (kernel − 1) / 2⌋ of it.
 
-Deviations: padding is always the one that keeps the size at stride 1; the branch that makes offsets
-has the stride too, where the released module leaves it out (and fails); the choices of activation
-and norm, and ``remove_center``, are options of the functions' released form that are left out.
+Deviations: of the layers, padding is always the one that keeps the size at stride 1, and the branch
+that makes offsets has the stride too, where the released module leaves it out (and fails).  Left
+out are the released choices of activation and norm, ``remove_center``, v3's size of the depthwise
+kernel (it is the grid's) and v4's stride; v4 takes images (n, h, w, c), not rows of pixels.  The
+released Python form interchanges the paddings of height and width, its CUDA form does not; nor do
+we.  Locations pass through [0, 1], as in that Python form, so in float32 a point that should be on
+a pixel's centre can come out just left of it: the value is the same to rounding, but the gradient
+of its offset is then the slope on that side.
 """
 
 from __future__ import annotations
@@ -64,7 +69,7 @@ def dcn_v3(
         (n, h', w', c).  Outside of the image is 0.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit; the kernel is larger than the padded image.
         TypeError: not one floating-point dtype.
     """
     (kh, kw), (sy, sx), (py, px), (dy, dx) = (
@@ -84,6 +89,11 @@ def dcn_v3(
     n, h, w, c = input.shape
     height = (h + 2 * py - dy * (kh - 1) - 1) // sy + 1
     width = (w + 2 * px - dx * (kw - 1) - 1) // sx + 1
+    if min(height, width) < 1:
+        raise ValueError(
+            f"a kernel {(kh, kw)} with dilation {(dy, dx)} is larger than images {(h, w)} with "
+            f"padding {(py, px)}: pad more"
+        )
     places, wanted = kh * kw, (n, height, width, group * kh * kw)
     if tuple(mask.shape) != wanted or tuple(offset.shape) != (*wanted[:3], 2 * wanted[3]):
         raise ValueError(
@@ -169,7 +179,7 @@ class _Layer(Module):
     def __init__(
         self, channels: int, kernel_size: int, dilation: int, group: int, offset_scale: float
     ) -> None:
-        if channels % group:
+        if group < 1 or channels % group:
             raise ValueError(f"{group} groups do not divide {channels} channels")
         self.channels = channels
         self.kernel_size = kernel_size
@@ -181,9 +191,9 @@ class _Layer(Module):
 
     def _center(self, present: bool) -> None:
         xp = of(next(self.parameters()))
-        weight, bias = xp.zeros((self.group, self.channels), "float32"), xp.zeros(self.group)
+        weight = xp.zeros((self.group, self.channels), "float32")
         self.center_feature_scale_proj_weight = Parameter(weight) if present else None
-        bias = bias.astype("float32")
+        bias = xp.zeros((self.group,), "float32")
         self.center_feature_scale_proj_bias = Parameter(bias) if present else None
 
     def _mixed(self, sampled: Array, still: Array, query: Array) -> Array:
@@ -284,12 +294,15 @@ class DCNv4(_Layer):
 
     Args:
         channels, kernel_size, dilation, group, offset_scale, center_feature_scale, rng: as
-            ``DCNv3``; an even kernel is possible.
+            ``DCNv3``; an even kernel is possible if the dilation is even.
         dw_kernel_size: of a depthwise convolution before the linear map, odd; None for none.
 
     Attributes:
         offset_mask: Linear(C, 3 G K, rounded up to a multiple of 8).
         value_proj, output_proj, offset_mask_dw: as in the released checkpoints.
+
+    Raises:
+        ValueError: G does not divide C, a grid without a middle pixel, or an even dw_kernel_size.
     """
 
     def __init__(
@@ -305,6 +318,12 @@ class DCNv4(_Layer):
         rng: Rng | None = None,
     ) -> None:
         super().__init__(channels, kernel_size, dilation, group, offset_scale)
+        if dilation * (kernel_size - 1) % 2 or (dw_kernel_size or 1) % 2 == 0:
+            raise ValueError(
+                "DCNv4 keeps the size of its input: dilation · (kernel_size − 1) is even and "
+                f"dw_kernel_size odd, got kernel_size {kernel_size}, dilation {dilation} and "
+                f"dw_kernel_size {dw_kernel_size}"
+            )
         rng = default_rng() if rng is None else rng
         self.offset_mask_dw = None
         if dw_kernel_size is not None:

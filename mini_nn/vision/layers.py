@@ -17,7 +17,8 @@ The branches that make offsets start at 0: a layer begins as the convolution of 
 than the rest, or offsets run away, read zeros, and get no gradient to come back: ``offset_groups``.
 
 Deviations: the gradient of ActiveConv2d's offsets is not normalised to length 1, as its authors'
-is; give them a learning rate of their own.
+is, nor are they held for the first steps; give them a learning rate of their own.  ``padding`` is a
+number or a pair, no word, in all of these.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .. import ops
 from ..backend import Array
 from ..nn import Conv2d, Module, Parameter, init
 from ..nn.conv import Size
+from ..ops.conv import per_axis
 from ..ops.elementwise import of
 from ..rng import Rng
 from .deform_conv import deform_conv2d
@@ -43,7 +45,7 @@ __all__ = [
 class DeformConv2d(Conv2d):
     """A deformable convolution whose offsets are an argument: torchvision.ops.DeformConv2d.
 
-    Args, attributes and errors are those of ``nn.Conv2d``.
+    Args and attributes are those of ``nn.Conv2d``; ``deform_conv2d`` says what is refused.
     """
 
     def forward(self, input: Array, offset: Array, mask: Array | None = None) -> Array:  # type: ignore[override]
@@ -60,11 +62,19 @@ class DeformConv2d(Conv2d):
         )
 
 
-def _branch(layer: Conv2d, channels: int, rng: Rng | None) -> Conv2d:
-    """A convolution with the layer's grid that starts at 0."""
+def _branch(layer: Conv2d, numbers: int, deform_groups: int, rng: Rng | None) -> Conv2d:
+    """A convolution with the layer's grid to so many numbers a place and group, which starts at 0.
+
+    It has the stride too: one of its pixels for one of the layer's.
+    """
+    if deform_groups < 1 or layer.in_channels % deform_groups:
+        raise ValueError(
+            f"deform_groups divides in_channels, got {deform_groups} and {layer.in_channels}"
+        )
+    kh, kw = layer.weight.shape[2:]
     branch = Conv2d(
         layer.in_channels,
-        channels,
+        numbers * deform_groups * kh * kw,
         layer.kernel_size,
         layer.stride,
         layer.padding,
@@ -87,6 +97,9 @@ class DeformConvPack(Conv2d):
     Attributes:
         weight, bias: of the convolution.
         conv_offset: Conv2d to 2 G kh kw channels, 0 at the start.
+
+    Raises:
+        ValueError: ``groups`` does not divide both channels, or G not the input's.
     """
 
     def __init__(
@@ -106,8 +119,7 @@ class DeformConvPack(Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rng=rng
         )
-        kh, kw = self.weight.shape[2:]
-        self.conv_offset = _branch(self, 2 * deform_groups * kh * kw, rng)
+        self.conv_offset = _branch(self, 2, deform_groups, rng)
 
     def offsets(self, input: Array) -> Array:
         """(n, 2 G kh kw, h', w'), what the layer would use."""
@@ -138,6 +150,9 @@ class ModulatedDeformConvPack(Conv2d):
         conv_offset_mask: Conv2d to 3 G kh kw channels, 0 at the start: the first two thirds are
             the offsets as ``deform_conv2d`` takes them (pairs Δy, Δx: neither third is all of one),
             the last the masks before σ.
+
+    Raises:
+        ValueError: as ``DeformConvPack``.
     """
 
     def __init__(
@@ -158,10 +173,9 @@ class ModulatedDeformConvPack(Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rng=rng
         )
-        kh, kw = self.weight.shape[2:]
-        self.places = deform_groups * kh * kw
         self.mask_scale = mask_scale
-        self.conv_offset_mask = _branch(self, 3 * self.places, rng)
+        self.conv_offset_mask = _branch(self, 3, deform_groups, rng)
+        self.places = self.conv_offset_mask.out_channels // 3
 
     def offsets(self, input: Array) -> Array:
         """(n, 2 G kh kw, h', w'), what the layer would use."""
@@ -196,50 +210,62 @@ def offset_groups(model: Module, lr: float, multiplier: float = 0.1) -> list[dic
     """Parameter groups for an optimiser in which whatever makes offsets learns slower.
 
     Args:
-        model: whose ``conv_offset``, ``conv_offset_mask``, ``sampling_offsets`` and ``offset``
-            are meant.
+        model: of whose parameters those are meant that have ``offset`` in their names, such as
+            ``conv_offset.weight``; in v2 and v4 these make the masks too.
         lr: of all others.
         multiplier: of it, for these; 0.1 as in v2.
+
+    Returns:
+        Two groups, the others and these; one of them may have no parameters.
     """
-    branches = ("conv_offset", "conv_offset_mask", "sampling_offsets", "offset")
     slow: list[Parameter] = []
     usual: list[Parameter] = []
     for name, parameter in model.named_parameters():
-        (slow if any(part in branches for part in name.split(".")) else usual).append(parameter)
+        (slow if "offset" in name else usual).append(parameter)
     return [{"params": usual, "lr": lr}, {"params": slow, "lr": multiplier * lr}]
 
 
 class ActiveConv2d(Conv2d):
     """A convolution whose grid is learned once for all pixels.
 
-    Args, attributes and errors are those of ``nn.Conv2d``, and:
+    Args and errors are those of ``nn.Conv2d``.
 
     Attributes:
+        weight, bias: of the convolution.
         offset: (kh kw, 2), (Δy, Δx) in pixels, 0 at the start.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        rng: Rng | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rng=rng
+        )
         kh, kw = self.weight.shape[2:]
         self.offset = Parameter(of(self.weight.data).zeros((kh * kw, 2), "float32"))
 
     def forward(self, input: Array) -> Array:
         """(n, c, h, w) to (n, c', h', w')."""
-        kernel, stride, padding, dilation = (
-            self.weight.shape[2:],
-            self.stride,
-            self.padding,
-            self.dilation,
+        padding = per_axis("ActiveConv2d", "padding", self.padding, 2, 0)
+        axes = zip(
+            input.shape[2:], self.weight.shape[2:], self.stride, padding, self.dilation, strict=True
         )
-        size = tuple(
-            (a + 2 * p - d * (k - 1) - 1) // s + 1
-            for a, k, s, p, d in zip(
-                input.shape[2:], kernel, stride, padding, dilation, strict=True
-            )
-        )
+        size = (max(0, (a + 2 * p - d * (k - 1) - 1) // s + 1) for a, k, s, p, d in axes)
         shape = (input.shape[0], self.offset.size, *size)
         offset = ops.broadcast_to(self.offset.reshape(1, -1, 1, 1), shape)
-        return deform_conv2d(input, offset, self.weight, self.bias, stride, padding, dilation)
+        return deform_conv2d(
+            input, offset, self.weight, self.bias, self.stride, padding, self.dilation
+        )
 
 
 class SpatialTransformer(Module):

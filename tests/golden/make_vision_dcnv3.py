@@ -3,13 +3,15 @@
 ``python -m tests.golden.make_vision_dcnv3 CHECKOUT`` (needs torch) rewrites the file beside this
 script; CHECKOUT is a work tree of the authors' repository InternImage (MIT licence), of which
 ``classification/ops_dcnv3/functions/dcnv3_func.py`` is run.  Each case is a prefix ``K.`` with
-``in.NAME``, ``out`` and ``grad.NAME`` (of Σ cos(0.7 i + 0.3) outᵢ); options are in the metadata.
+``in.NAME``, ``out`` and ``grad.NAME`` (of Σ cos(0.7 i + 0.3) outᵢ); the metadata has the options,
+the versions, and the hash of the file that was run.
 
 The reference pads height by ``pad_w`` and width by ``pad_h``; the cases have one padding for both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -38,13 +40,12 @@ def wave(shape: tuple[int, ...]) -> Any:
     return np.cos(0.7 * np.arange(int(np.prod(shape))) + 0.3).reshape(shape)
 
 
-def reference(checkout: Path) -> Any:
+def reference(path: Path) -> Any:
     """The authors' function, without the extension that its file imports."""
     for name in ("DCNv3", "pkg_resources"):
         sys.modules[name] = ModuleType(name)
     installed = SimpleNamespace(version="1.1")
     sys.modules["pkg_resources"].get_distribution = lambda name: installed  # type: ignore[attr-defined]
-    path = checkout / "classification/ops_dcnv3/functions/dcnv3_func.py"
     spec = importlib.util.spec_from_file_location("dcnv3_func", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +58,8 @@ def main() -> None:
     from safetensors.numpy import save_file
 
     torch.set_default_dtype(torch.float64)
-    f = reference(Path(sys.argv[1]))
+    source = Path(sys.argv[1]) / "classification/ops_dcnv3/functions/dcnv3_func.py"
+    f = reference(source)
     arrays: dict[str, Any] = {}
     for k, ((n, h, w), c, (kh, kw), stride, pad, dilation, groups, scale) in enumerate(CASES):
         height = (h + 2 * pad - dilation * (kh - 1) - 1) // stride + 1
@@ -78,7 +80,12 @@ def main() -> None:
     names = ("kernel_size", "stride", "pad", "dilation", "group", "offset_scale")
     options = [dict(zip(names, case[2:], strict=True)) for case in CASES]
     path = Path(__file__).with_name("vision_dcnv3.safetensors")
-    metadata = {"torch": torch.__version__, "options": json.dumps(options)}
+    metadata = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "dcnv3_func.py": f"sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}",
+        "options": json.dumps(options),
+    }
     save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, path, metadata)
 
 

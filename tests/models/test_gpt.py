@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 import mini_nn
 from mini_nn import Rng, nn, ops
 from mini_nn.nn import functional as F
+from mini_nn.nn.residual import pre_norm
 from mini_nn.optim import AdamW
-from models.gpt import GPT, Block, GPTConfig, pre_norm
+from models.gpt import GPT, Block, GPTConfig
 from tests.support import assert_close, host
 
 FOLDER = Path(__file__).parents[1] / "golden" / "gpt2"
@@ -216,6 +217,27 @@ def test_blocks_take_other_parts(xp: Any) -> None:
     assert np.abs(host(same(ids)) - host(plain(ids))).max() > 1e-6
     with pytest.raises(ValueError, match="n_layer is 2, got 1"):
         GPT(TINY, Rng(0), [Block(TINY, Rng(0))])
+
+
+def test_norms_are_replaced_or_left_out(xp: Any) -> None:
+    """Norms of ones and zeros after a branch-free stream; without them, the bare stream."""
+
+    def off(x: Any, norm: Any, branch: Any, *context: Any) -> Any:
+        return norm(x)
+
+    def build(norm: Any) -> GPT:
+        blocks = [Block(TINY, Rng(i), residuals=(off, off), norm=norm) for i in range(2)]
+        return tiny(blocks=blocks, norm=norm)
+
+    ids = tokens(5, 1, 5)
+    bare = build(nn.Identity)
+    stream = bare.transformer.wte(ids) + bare.transformer.wpe.weight[:5]
+    assert_close(bare(ids), bare.lm_head(stream))
+    assert not [name for name in bare.state_dict() if ".ln_" in name]
+    rms = build(lambda: nn.RMSNorm(8, elementwise_affine=False))
+    x = host(stream) / np.sqrt((host(stream) ** 2).mean(axis=-1, keepdims=True))
+    assert_close(rms(ids), rms.lm_head(xp.asarray(x)), rtol=1e-9)
+    assert len([name for name in tiny().state_dict() if ".ln_" in name]) == 2 * 5
 
 
 def test_dropped_attention_is_attention_in_the_mean(xp: Any) -> None:

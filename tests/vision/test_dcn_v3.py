@@ -135,6 +135,17 @@ def test_v4_has_both_in_one_array_and_any_weight(xp: Any) -> None:
     joint = ops.concatenate([*parts, rest], axis=-1)
     found = dcn_v4(input, joint, group=2)
     assert_close(found, dcn_v3(input, offset, weights, group=2), rtol=1e-12)
+    # all offsets first, as v3 has them, is something else
+    wrong = ops.concatenate([offset, weights], axis=-1)
+    assert abs(host(dcn_v4(input, wrong, group=2)) - host(found)).max() > 0.1
+    leaf = Tensor(joint, requires_grad=True)
+    (g,) = grad(ops.sum(ops.sin(dcn_v4(input, leaf, group=2))), [leaf])
+    assert (host(g)[..., 54:] == 0).all()
+
+
+def test_an_even_kernel_of_v4_has_room_with_an_even_dilation(xp: Any) -> None:
+    layer = DCNv4(8, 2, 2, group=2, rng=Rng(0))
+    assert layer(Rng(1).normal((1, 5, 6, 8))).shape == (1, 5, 6, 8)
 
 
 V3_KEYS = [
@@ -160,6 +171,28 @@ def test_the_layers_have_the_released_names_and_start_as_stated(xp: Any) -> None
         "offset_mask", "offset_mask_dw", "output_proj", "value_proj",
     ]  # fmt: skip
     assert_close(v4(x), host(v4.output_proj.bias) + np.zeros(x.shape), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [DCNv3, DCNv4])
+def test_the_unmoved_input_is_mixed_in_by_what_each_version_looks_at(xp: Any, make: Any) -> None:
+    """v3 decides from the features that make the offsets, v4 from what it has sampled."""
+    layer = make(8, group=2, center_feature_scale=True, rng=Rng(1))
+    for p in layer.parameters():
+        p.data[...] = 0.4 * Rng(5).normal(p.shape)
+    x = Rng(0).normal((2, 5, 6, 8))
+    if make is DCNv3:
+        value, query = layer.input_proj(x), layer.dw_conv(x.transpose(0, 3, 1, 2))
+        mask = ops.softmax(layer.mask(query).reshape(2, 5, 6, 2, 9)).reshape(2, 5, 6, 18)
+        sampled = dcn_v3(value, layer.offset(query), mask, group=2)
+        seen = query
+    else:
+        value = layer.value_proj(x)
+        sampled = seen = dcn_v4(value, layer.offset_mask(x), group=2)
+    w, b = layer.center_feature_scale_proj_weight, layer.center_feature_scale_proj_bias
+    s = np.repeat(1 / (1 + np.exp(-(host(seen) @ host(w).T + host(b)))), 4, axis=-1)
+    mixed = host(sampled) * (1 - s) + host(value) * s
+    want = mixed @ host(layer.output_proj.weight).T + host(layer.output_proj.bias)
+    assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_masks_of_v3_add_up_to_one_and_those_of_v4_need_not(xp: Any) -> None:
@@ -207,6 +240,13 @@ def test_what_does_not_fit_is_refused(xp: Any) -> None:
         dcn_v3(input, offset, mask, group=3)
     with pytest.raises(ValueError, match=r"mask is \(1, 5, 6, 18\)"):
         dcn_v3(input, offset, mask[..., 1:], group=2)
+    with pytest.raises(ValueError, match="larger than images"):
+        dcn_v3(input, offset, mask, kernel_size=9, group=2)
+    with pytest.raises(TypeError, match="astype"):
+        dcn_v3(input.astype("float32"), offset, mask, group=2)
+    for options in ({"kernel_size": 2}, {"dw_kernel_size": 2}):
+        with pytest.raises(ValueError, match="keeps the size"):
+            DCNv4(8, group=2, **options)
     with pytest.raises(ValueError, match="at least 3"):
         dcn_v4(input, offset, group=2)
     with pytest.raises(ValueError, match="do not divide"):

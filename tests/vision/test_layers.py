@@ -15,13 +15,16 @@ from mini_nn.nn import functional as F
 from mini_nn.optim import SGD
 from mini_nn.vision import (
     ActiveConv2d,
+    DCNv4,
     DeformConv2d,
     DeformConvPack,
     ModulatedDeformConvPack,
+    MSDeformAttn,
     SpatialTransformer,
     bilinear_sample,
     deform_conv2d,
     from_mmcv,
+    grid_sample,
     offset_groups,
 )
 from tests.support import assert_close, host
@@ -93,6 +96,15 @@ def test_names_are_the_released_ones_and_mmcvs_load_too(xp: Any) -> None:
         "stage.0.conv_offset_mask.weight": 2,
         "stage.0.conv_offset_mask.bias": 3,
     }
+    saved = ModulatedDeformConvPack(2, 3, 3, rng=Rng(1))
+    for p in saved.parameters():
+        p.data[...] = Rng(2).normal(p.shape)
+    mmcvs = {n.replace("offset_mask", "offset"): x for n, x in saved.state_dict().items()}
+    with pytest.raises((KeyError, ValueError), match="conv_offset"):
+        v2.load_state_dict(mmcvs)
+    v2.load_state_dict(from_mmcv(mmcvs))
+    x = Rng(3).normal((1, 2, 5, 6))
+    assert_close(v2(x), saved(x), rtol=0, atol=0)
 
 
 def test_offsets_are_an_argument_of_the_plain_layer(xp: Any) -> None:
@@ -117,6 +129,14 @@ def test_branches_learn_slower(xp: Any) -> None:
     for p in model.parameters():
         p.grad = p.data * 0.0 + 1.0
     SGD([usual, slow], lr=0.5).step()
+    # v4 and multi-scale attention have names of their own for it
+    deep = nn.Sequential(DCNv4(8, group=2, dw_kernel_size=3), MSDeformAttn(8, 1, 2, 2))
+    slow_names = {n for n, p in deep.named_parameters() if any(p is q for q in
+                  offset_groups(deep, 1.0)[1]["params"])}  # fmt: skip
+    assert slow_names == {
+        f"{part}.{kind}" for part in ("0.offset_mask", "0.offset_mask_dw", "1.sampling_offsets")
+        for kind in ("weight", "bias")
+    }  # fmt: skip
     for name, p in model.named_parameters():
         step = 0.05 if "offset" in name else 0.5
         assert_close(before[name] - host(p), np.full(p.shape, step), rtol=1e-4, atol=1e-6)
@@ -139,22 +159,40 @@ def test_offsets_from_the_image_move_with_it(xp: Any, make: Any) -> None:
     assert abs(host(fixed)[moved] - host(still)[inside]).max() > 1e-2
 
 
-@given(st.floats(-math.pi, math.pi))
-def test_a_rotated_grid_sees_a_round_image_alike(xp: Any, angle: float) -> None:
-    """The places of a 3 × 3 kernel of equal weights, turned about the centre of a smooth disc."""
-    size, centre = 33, 16
-    i, j = np.mgrid[:size, :size]
-    image = np.exp(-((i - centre) ** 2 + (j - centre) ** 2) / 60.0)[None, None]
+def disc_response(xp: Any, angle: float, swap: bool) -> tuple[float, float, float]:
+    """On the image |p|², the response at the centre of a 3 × 3 kernel of equal weights.
+
+    Returns:
+        That of the turned grid, of the plain one, and what sampling between pixels adds: of a
+        square, t² + f (1 − f) with f the part of t after the point.
+    """
+    size, centre = 15, 7
+    i, j = np.mgrid[:size, :size] - centre
+    image = xp.asarray((i * i + j * j)[None, None].astype("float64"))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     places = np.array([[y, x] for y in (-1, 0, 1) for x in (-1, 0, 1)])
-    moved = (places @ turn.T - places).reshape(1, 18, 1, 1)
+    turned = places @ turn.T
+    part = turned - np.floor(turned)
+    moved = turned - places
+    moved = (moved[:, ::-1] if swap else moved).reshape(1, 18, 1, 1)
     offset = xp.asarray(np.broadcast_to(moved, (1, 18, size, size)).copy())
     weight = xp.ones((1, 1, 3, 3), "float64")
-    turned = deform_conv2d(xp.asarray(image), offset, weight, padding=1)
-    plain = deform_conv2d(xp.asarray(image), 0.0 * offset, weight, padding=1)
-    # at most what bilinear sampling of this image errs: 9 max |x″| / 4
-    error = abs(host(turned)[0, 0, centre, centre] - host(plain)[0, 0, centre, centre])
-    assert error < 9 / 60 / 2
+    found, plain = (
+        host(deform_conv2d(image, o, weight, padding=1))[0, 0, centre, centre]
+        for o in (offset, 0.0 * offset)
+    )
+    return float(found), float(plain), float((part * (1.0 - part)).sum())
+
+
+@given(st.floats(-math.pi, math.pi))
+def test_a_rotated_grid_sees_a_round_image_alike(xp: Any, angle: float) -> None:
+    found, plain, added = disc_response(xp, angle, swap=False)
+    assert_close(np.array(found - added), np.array(plain), rtol=1e-10, atol=1e-10)
+
+
+def test_a_grid_with_x_and_y_interchanged_is_not_rotated(xp: Any) -> None:
+    found, plain, added = disc_response(xp, 0.6, swap=True)
+    assert abs(found - added - plain) > 0.1
 
 
 def test_active_convolution_shares_its_grid(xp: Any) -> None:
@@ -203,6 +241,10 @@ def test_an_affine_map_is_also_a_warp_by_offsets(xp: Any) -> None:
     constant = xp.asarray(theta.reshape(1, 6))
     layer = SpatialTransformer(lambda x: Tensor(constant), align_corners=True)
     assert_close(layer(x), warped, rtol=1e-10, atol=1e-11)
+    aligned = xp.asarray(np.stack([at[0] / 3 - 1, at[1] / 3 - 1], axis=-1)[None])
+    assert_close(grid_sample(x, aligned, align_corners=True), warped, rtol=1e-10, atol=1e-11)
+    shifted = SpatialTransformer(lambda x: Tensor(constant), align_corners=False)
+    assert abs(host(shifted(x)) - host(warped)).max() > 0.05
     points = xp.asarray(np.stack([at[1], at[0]], axis=-1).reshape(1, 49, 2))
     assert_close(
         warped, host(bilinear_sample(x, points)).reshape(1, 2, 7, 7), rtol=1e-10, atol=1e-11
@@ -213,3 +255,29 @@ def test_a_localization_of_another_size_is_refused(xp: Any) -> None:
     layer = SpatialTransformer(nn.Sequential(nn.Flatten(), nn.Linear(16, 4)))
     with pytest.raises(ValueError, match=r"\(n, 6\)"):
         layer(xp.ones((2, 1, 4, 4), "float32"))
+
+
+def test_options_that_do_not_fit_are_refused(xp: Any) -> None:
+    for make in (DeformConvPack, ModulatedDeformConvPack):
+        for groups in (0, 3):
+            with pytest.raises(ValueError, match="deform_groups divides"):
+                make(4, 2, 3, deform_groups=groups)
+    with pytest.raises(ValueError, match="padding"):
+        ActiveConv2d(1, 1, 3, padding="same")(xp.ones((1, 1, 4, 4), "float32"))
+    with pytest.raises(ValueError, match="larger than images"):
+        ActiveConv2d(1, 1, 5)(xp.ones((1, 1, 2, 2), "float32"))
+    with pytest.raises(ValueError, match="larger than"):
+        DeformConvPack(1, 1, 5)(xp.ones((1, 1, 4, 4), "float32"))
+
+
+@pytest.mark.parametrize("make", [DeformConvPack, ModulatedDeformConvPack, ActiveConv2d])
+def test_every_parameter_is_trained_in_its_own_dtype(xp: Any, make: Any) -> None:
+    """Also from the start, where all offsets are 0."""
+    layer = make(2, 3, 3, 2, 1, rng=Rng(0))
+    y = layer(Rng(1).normal((2, 2, 6, 7)))
+    found = grad(ops.sum(ops.sin(y)), [*layer.parameters()])
+    assert y.dtype == "float32"
+    for p, g in zip(layer.parameters(), found, strict=True):
+        assert (g.dtype, g.shape) == ("float32", p.shape)
+        assert (host(g) != 0).any()
+    assert layer(xp.zeros((0, 2, 6, 7), "float32")).shape == (0, 3, 3, 4)
