@@ -1,4 +1,4 @@
-"""Deformable DETR's Transformer layers, whose weights are those of the released checkpoints.
+"""Deformable DETR's Transformer layers, under the released checkpoints' names; small networks.
 
 Zhu, Su, Lu, Li, Wang, Dai 2020, "Deformable DETR: Deformable Transformers for End-to-End Object
 Detection", arXiv:2010.04159.
@@ -37,13 +37,16 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from mini_nn import Rng, ops
+from mini_nn import Rng, nn, ops
 from mini_nn.backend import Array
 from mini_nn.engine import data_of
 from mini_nn.nn import Dropout, LayerNorm, Linear, Module, ModuleList, Parameter
+from mini_nn.nn import functional as F
 from mini_nn.rng import default_rng
+from mini_nn.vision import DeformConvPack, ModulatedDeformConvPack
 from mini_nn.vision.boxes import encoder_reference_points, refine_boxes, valid_ratio
 from mini_nn.vision.deformable_attention import MSDeformAttn
 
@@ -322,3 +325,61 @@ def from_transformers(state: Mapping[str, Any], decoder: bool) -> dict[str, Any]
             name = re.sub(pattern, ours, name)
         made[name] = array
     return made
+
+
+# the study's networks
+
+
+LAYERS: dict[str, Callable[..., Module]] = {
+    "conv": nn.Conv2d,
+    "dcn_v1": DeformConvPack,
+    "dcn_v2": partial(ModulatedDeformConvPack, mask_scale=2.0),
+}
+"""What the last two 3 × 3 layers of a ``PixelNet`` may be; all start as the same convolution."""
+
+
+class PixelNet(Module):
+    """A class for each pixel, by five convolutions: the third and fourth are of one of ``LAYERS``.
+
+    Args:
+        kind: a name of ``LAYERS``.
+        inputs: channels of the image.
+        classes: channels of the output.
+        width: channels between layers.
+        rng: for the initial weights.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+
+    def __init__(self, kind: str, inputs: int, classes: int, width: int, rng: Rng) -> None:
+        if kind not in LAYERS:
+            raise ValueError(f"kind is one of {', '.join(LAYERS)}, got {kind!r}")
+        self.kind = kind
+        make = LAYERS[kind]
+        self.first = nn.Conv2d(inputs, width, 3, padding=1, rng=rng)
+        self.second = nn.Conv2d(width, width, 3, padding=1, rng=rng)
+        self.third = make(width, width, 3, padding=1, rng=rng)
+        self.fourth = make(width, width, 3, padding=1, rng=rng)
+        self.head = nn.Conv2d(width, classes, 1, rng=rng)
+        for layer in (self.first, self.second, self.third, self.fourth):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", rng=rng)
+
+    def before_last(self, image: Any) -> Any:
+        """What the fourth layer is given: (n, inputs, h, w) to (n, width, h, w)."""
+        x = image
+        for layer in (self.first, self.second, self.third):
+            x = F.relu(layer(x))
+        return x
+
+    def offsets(self, image: Any) -> Any:
+        """The offsets (n, 18, h, w) that the fourth layer chooses; zeros of a plain convolution."""
+        x = self.before_last(image)
+        if self.kind == "conv":
+            n, _, height, width = x.shape
+            return ops.zeros((n, 18, height, width), x.dtype)
+        return self.fourth.offsets(x)
+
+    def forward(self, image: Any) -> Any:
+        """(n, inputs, h, w) to logits (n, classes, h, w)."""
+        return self.head(F.relu(self.fourth(self.before_last(image))))

@@ -36,12 +36,23 @@ from ..backend import Array, spread_rows, weighted_rows
 from ..engine import primitive
 from ..ops.conv import Pair, per_axis
 from ..ops.elementwise import of
-from .sampling import BORDERS, Border, as_pixels, bilinear_sample, corners, row_products
+from .sampling import (
+    BORDERS,
+    Border,
+    as_rows,
+    bilinear_sample,
+    corners,
+    from_rows,
+    row_products,
+)
 
 __all__ = ["deform_conv2d", "deform_conv2d_by_warps"]
 
-COLUMNS = 1 << 20
-"""Numbers of columns that exist at a time: images are taken in chunks of about so many."""
+BUDGET = 1 << 23
+"""Numbers that may exist beside arguments and gradients: images are taken in chunks to stay below.
+
+Of 4 bytes, that is 32 MiB; an image that needs more is a chunk of its own.
+"""
 
 
 def deform_conv2d(
@@ -71,8 +82,10 @@ def deform_conv2d(
     Returns:
         (n, c', h', w') with h' = (h + 2 padding − dilation (kh − 1) − 1) // stride + 1.
 
-    Beside input, output and their gradients, the columns of a chunk of images are in memory, about
-    2²⁰ numbers or those of one image, and some 30 numbers for each place that they are read from.
+    Memory: beside arguments, output and gradients there are at most 2²³ numbers in the forward pass
+    and in the backward pass, or those of one image if that needs more, which is 72 for each place
+    that is read (G K h' w'), 6 for each column (c K h' w') and 4 for each number of the image and
+    of the output.  Under ``create_graph`` it is that of ``deform_conv2d_by_warps``.
 
     Raises:
         ValueError: the shapes do not fit; the kernel is larger than the padded image.
@@ -156,31 +169,38 @@ class Geometry:
 
 
 def _columns(
-    offset: Any, mask: Any, shape: tuple[int, ...], geometry: Geometry, border: str
+    offset: Any, mask: Any, shape: Any, geometry: Geometry, border: str, slopes: bool = False
 ) -> tuple[Any, Any, Any, Any, Any]:
     """The rows of pixels that each column is made of, in the order (n, h' w', K, G).
 
     Returns:
-        ``corners`` of all points, the pixels numbered (n h w G); and the mask (points, 1) or None.
+        ``corners`` of all points, rows of pixels split into G, and the mask (points, 1) or None.
     """
-    xp, (n, _, h, w) = of(offset), shape
+    xp, n = of(offset), shape[0]
     groups, k = geometry.offset_groups, geometry.places
     size = geometry.output[0] * geometry.output[1]
     points = offset.reshape(n, groups, k, 2, size).transpose(0, 4, 2, 1, 3)
     points = points + geometry.grid(xp, offset.dtype)[:, :, None]
     image = xp.broadcast_to(xp.arange(n)[:, None], (n, size * k * groups)).reshape(-1)
-    number, *weights = corners(points.reshape(-1, 2), image, h, w, border)
+    number, *weights = corners(points.reshape(-1, 2), image, shape[2:], border, slopes)
     if groups > 1:
-        number = number * groups + xp.arange(len(number))[:, None] % groups
+        number *= groups
+        number += xp.arange(len(number))[:, None] % groups
     if mask is not None:
         mask = mask.reshape(n, groups, k, size).transpose(0, 3, 2, 1).reshape(-1, 1)
     return number, *weights, mask
 
 
-def _chunks(input: Any, geometry: Geometry) -> list[slice]:
-    one = input.shape[1] * geometry.places * geometry.output[0] * geometry.output[1]
-    step = max(1, COLUMNS // max(one, 1))
-    return [slice(start, start + step) for start in range(0, input.shape[0], step)]
+def _needed(shape: Any, out: int, geometry: Geometry) -> int:
+    """A bound on the numbers that exist at a time for one image, as ``deform_conv2d`` states it."""
+    (_, c, h, w), size = shape, geometry.output[0] * geometry.output[1]
+    places = geometry.places * size
+    return int(72 * geometry.offset_groups * places + 6 * c * places + 4 * (c * h * w + out * size))
+
+
+def _chunks(shape: Any, out: int, geometry: Geometry) -> list[slice]:
+    step = max(1, BUDGET // max(_needed(shape, out, geometry), 1))
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 def _matrix(weight: Any, groups: int) -> Any:
@@ -206,10 +226,10 @@ def _deform(input: Any, offset: Any, weight: Any, mask: Any, geometry: Any, bord
     height, width = geometry.output
     y = of(input).empty((n, out, height, width), input.dtype)
     w = _matrix(weight, geometry.groups)
-    for chunk in _chunks(input, geometry):
+    for chunk in _chunks(input.shape, weight.shape[0], geometry):
         x, part = input[chunk], None if mask is None else mask[chunk]
         number, weights, _, _, m = _columns(offset[chunk], part, x.shape, geometry, border)
-        rows = as_pixels(x).reshape(-1, c // geometry.offset_groups)
+        rows = of(x).ascontiguousarray(as_rows(x)).reshape(-1, c // geometry.offset_groups)
         columns = weighted_rows(weights if m is None else weights * m, number, rows)
         columns = columns.reshape(-1, geometry.places * c)
         found = _by_group(columns, geometry) @ w  # (groups, n h' w', c')
@@ -222,18 +242,21 @@ def _deform(input: Any, offset: Any, weight: Any, mask: Any, geometry: Any, bord
 def _rule(
     g: Any, needs: Any, input: Any, offset: Any, weight: Any, mask: Any, geometry: Any, border: str
 ) -> tuple[Any, ...]:
-    xp, (n, c, h, w) = of(g), input.shape
+    xp, (n, c, _, _) = of(g), input.shape
     groups, k, parts = geometry.offset_groups, geometry.places, geometry.groups
     matrix = _matrix(weight, parts)
     grads: list[Any] = [xp.zeros(a.shape, a.dtype) if a is not None and needed else None
              for a, needed in zip((input, offset, weight, mask), needs, strict=True)]  # fmt: skip
     x_bar, p_bar, _, m_bar = grads
     w_bar: Any = 0.0
-    for chunk in _chunks(input, geometry):
+    for chunk in _chunks(input.shape, weight.shape[0], geometry):
         x, part = input[chunk], None if mask is None else mask[chunk]
         count = x.shape[0]
-        number, weights, by_y, by_x, m = _columns(offset[chunk], part, x.shape, geometry, border)
-        rows = as_pixels(x).reshape(-1, c // groups)
+        number, weights, by_y, by_x, m = _columns(
+            offset[chunk], part, x.shape, geometry, border, slopes=needs[1]
+        )
+        # every product would copy rows that are not contiguous
+        rows = xp.ascontiguousarray(as_rows(x)).reshape(-1, c // groups)
         y_bar = g[chunk].reshape(count, parts, -1, g.shape[2] * g.shape[3])
         y_bar = y_bar.transpose(1, 0, 3, 2).reshape(parts, count * y_bar.shape[3], -1)
         if needs[0] or needs[1] or needs[3]:
@@ -253,7 +276,7 @@ def _rule(
             p_bar[chunk] = _as_channels(moved if m is None else moved * m, count, geometry)
         if needs[0]:
             spread = spread_rows(weights if m is None else weights * m, number, z, len(rows))
-            x_bar[chunk] = spread.reshape(count, h, w, c).transpose(0, 3, 1, 2)
+            x_bar[chunk] = from_rows(spread, x.shape)
     if needs[2] and n:
         out = weight.shape[0]
         w_bar = w_bar.reshape(parts, k, c // parts, out // parts).transpose(0, 3, 2, 1)

@@ -24,11 +24,13 @@ in the released kernels, which take the floor.  ``border`` says what lies outsid
 ``"clamp_v1"``   a point outside [0, H) reads 0; in [H − 1, H) it reads the last row, and the
                  derivative is 0 (the first release).
 
-Deviations: none.
+Deviations: ``grid_sample`` answers nan to a point at nan, where torch's modes disagree: some give
+nan, some 0 or a pixel of the border.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from .. import ops
@@ -52,11 +54,14 @@ def sample_points(input: Array, points: Array, image: Array, border: Border = "z
         border: what lies outside; see the module.
 
     Returns:
-        (p, c).  A point at ±inf reads 0, one at nan reads nan.
+        (p, c).  A point at ±inf reads 0, one at nan reads nan.  A pixel that is inf or nan shows
+        only in points of which it is one of the four neighbours, even with the weight 0.
 
     Raises:
+        IndexError: an image number is out of range (on a GPU: not checked).
         ValueError: the shapes do not fit, or an unknown border.
-        TypeError: ``input`` and ``points`` are not of one floating-point dtype.
+        TypeError: ``input`` and ``points`` are not of one floating-point dtype, or ``image`` is not
+            of integers.
     """
     if input.ndim != 4 or points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(
@@ -74,7 +79,10 @@ def sample_points(input: Array, points: Array, image: Array, border: Border = "z
             "input and points are of one floating-point dtype, got "
             f"{input.dtype} and {points.dtype}: convert with astype"
         )
-    return _sample(input, points, data_of(image), border)
+    image = data_of(image)
+    if image.dtype.kind not in "iu":
+        raise TypeError(f"image numbers are integers, got {image.dtype}")
+    return _sample(input, points, image.astype("int64", copy=False), border)
 
 
 def bilinear_sample(input: Array, points: Array, border: Border = "zero_pad") -> Array:
@@ -105,82 +113,81 @@ def bilinear_sample(input: Array, points: Array, border: Border = "zero_pad") ->
 
 def _definition(input: Any, points: Any, image: Any, border: str) -> Any:
     """Σ_q G(q, p) x(q), neighbour by neighbour."""
-    n, c, h, w = input.shape
-    xp = of(points)
-    rows = input.transpose(0, 2, 3, 1).reshape(n * h * w, c)
-    at, _, inside = _placed(points, h, w, border)
-    floor = xp.floor(data_of(at))
-    fraction = at - floor
+    size = input.shape[2:]
+    rows = as_rows(input)
+    at, _ = _placed(points, size, border)
+    floor = of(points).floor(data_of(at))
+    fraction, low = at - floor, _whole(floor)
     y: Any = 0.0
     for dy in (0, 1):
         for dx in (0, 1):
             weight = (fraction[:, 0] if dy else 1.0 - fraction[:, 0]) * (
                 fraction[:, 1] if dx else 1.0 - fraction[:, 1]
             )
-            row, column = floor[:, 0] + dy, floor[:, 1] + dx
-            near = inside & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-            place = (image * h + _held(row, h)) * w + _held(column, w)
-            y = y + (weight * near.astype(weight.dtype))[:, None] * rows[place]
+            y = y + weight[:, None] * rows[_numbers(low[:, 0] + dy, low[:, 1] + dx, image, size)]
     return y
 
 
-def _placed(points: Any, h: int, w: int, border: str) -> tuple[Any, Any, Any]:
-    """Where the points are read; where that moves with them (None: everywhere); where it counts.
+def _placed(points: Any, size: Any, border: str) -> tuple[Any, Any]:
+    """Where the points (…, 2) are read, and where that moves with them (None: wherever it counts).
 
-    Points far outside are moved near, so that their integers exist.
+    Points outside are moved to −2, where there is nothing, so that their integers exist.
     """
     xp, raw = of(points), data_of(points)
-    size = xp.asarray([h, w], dtype=raw.dtype)
+    edge = xp.asarray([*size], dtype=raw.dtype)
     if border == "clamp_v1":
-        inside = ((raw >= 0.0) & (raw < size)).all(axis=1)
-        moves = (raw >= 0.0) & (raw < size - 1.0)
-        held = xp.minimum(xp.maximum(raw, 0.0), size - 1.0)
-        return ops.where(moves | (raw != raw), points, held), moves, inside
-    near = (raw > -2.0) & (raw < size + 1.0)
-    at = ops.where(near | (raw != raw), points, -2.0)
-    return at, None, xp.ones(raw.shape[0], "bool")
+        moves = (raw >= 0.0) & (raw < edge - 1.0)
+        held = xp.where((raw >= 0.0) & (raw < edge), edge - 1.0, -2.0)
+        return ops.where(moves | (raw != raw), points, held), moves
+    near = (raw > -2.0) & (raw < edge + 1.0)
+    return ops.where(near | (raw != raw), points, -2.0), None
 
 
-def _held(place: Any, size: int) -> Any:
-    """Integers, those outside of the image moved to its edge; 0 for nan."""
-    xp = of(place)
-    return xp.where(place == place, xp.clip(place, 0.0, size - 1.0), 0.0).astype("int64")
+def _whole(place: Any) -> Any:
+    """Integers as such; −2 for nan."""
+    return of(place).where(place == place, place, -2.0).astype("int64")
 
 
-def corners(points: Any, image: Any, h: int, w: int, border: str) -> tuple[Any, Any, Any, Any]:
-    """The four neighbours of each point as rows (n h w), and their weights.
+def _numbers(y: Any, x: Any, image: Any, size: Any) -> Any:
+    """The rows of ``as_rows`` with the pixels (y, x) of the images."""
+    h, w = size
+    near = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+    return of(y).where(near, y * w + x, h * w) + image * (h * w + 1)
+
+
+def corners(
+    points: Any, image: Any, size: Any, border: str, slopes: bool = False
+) -> tuple[Any, ...]:
+    """The four neighbours of each point as numbers of ``as_rows``, and their weights.
 
     Args:
         points: (p, 2) array.
         image: (p,) integers.
+        size: (h, w).
+        slopes: whether the derivatives of the weights are wanted.
 
     Returns:
-        Four arrays (p, 4): numbers of rows, weights, and their derivatives by y and by x.
+        Four arrays (p, 4): numbers, weights, and their derivatives by y and by x (or None).
     """
-    xp, dtype = of(points), points.dtype
-    at, moves, inside = _placed(points, h, w, border)
+    xp, shape = of(points), (len(points), 4)
+    at, moves = _placed(points, size, border)
     floor = xp.floor(at)
-    fraction = at - floor
-    sides: list[Any] = [[], []]  # of each axis, above and below: place, weight, slope
-    for axis, size in enumerate((h, w)):
-        f, low = fraction[:, axis], floor[:, axis]
-        for side in (0, 1):
-            place = low + side
-            near = (inside & (place >= 0) & (place < size)).astype(dtype)
-            slope = near if side else -near
-            if moves is not None:
-                slope = slope * moves[:, axis]
-            sides[axis].append((_held(place, size), (f if side else 1.0 - f) * near, slope))
-    number = xp.empty((len(points), 4), "int64")
-    weights, by_y, by_x = (xp.empty((len(points), 4), dtype) for _ in range(3))
-    for i, (row, wy, sy) in enumerate(sides[0]):
-        start = (image * h + row) * w
-        for j, (column, wx, sx) in enumerate(sides[1]):
-            k = 2 * i + j
-            xp.add(start, column, out=number[:, k])
-            xp.multiply(wy, wx, out=weights[:, k])
-            xp.multiply(sy, wx, out=by_y[:, k])
-            xp.multiply(wy, sx, out=by_x[:, k])
+    fraction, low = at - floor, _whole(floor)
+    sides = [(1.0 - fraction[:, axis], fraction[:, axis]) for axis in (0, 1)]
+    number, weights = xp.empty(shape, "int64"), xp.empty(shape, points.dtype)
+    for k in range(4):
+        i, j = k // 2, k % 2
+        number[:, k] = _numbers(low[:, 0] + i, low[:, 1] + j, image, size)
+        xp.multiply(sides[0][i], sides[1][j], out=weights[:, k])
+    if not slopes:
+        return number, weights, None, None
+    by_y, by_x = xp.empty(shape, points.dtype), xp.empty(shape, points.dtype)
+    for k in range(4):
+        i, j = k // 2, k % 2
+        by_y[:, k] = sides[1][j] if i else -sides[1][j]
+        by_x[:, k] = sides[0][i] if j else -sides[0][i]
+    if moves is not None:
+        by_y, by_x = by_y * moves[:, :1], by_x * moves[:, 1:]
     return number, weights, by_y, by_x
 
 
@@ -195,23 +202,40 @@ def as_pixels(input: Any) -> Any:
     return input.transpose(0, 2, 3, 1).reshape(n * h * w, c)
 
 
+def as_rows(input: Any) -> Any:
+    """(n, c, h, w) as rows (n (h w + 1), c): behind the pixels of each image a row of zeros.
+
+    All that lies outside reads this row, so that even inf · 0 at the edge stays inside.
+    """
+    n, c, h, w = input.shape
+    pixels = input.transpose(0, 2, 3, 1).reshape(n, h * w, c)
+    rows = ops.concatenate([pixels, of(input).zeros((n, 1, c), input.dtype)], axis=1)
+    return rows.reshape(n * (h * w + 1), c)
+
+
+def from_rows(rows: Any, shape: tuple[int, ...]) -> Any:
+    """What ``as_rows`` does to an input of this shape, undone."""
+    n, c, h, w = shape
+    pixels = rows.reshape(n, h * w + 1, c)[:, : h * w]
+    return pixels.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+
+
 @primitive(composite=_definition)
 def _sample(input: Any, points: Any, image: Any, border: str) -> Any:
-    h, w = input.shape[2:]
-    number, weights, _, _ = corners(points, image, h, w, border)
-    return weighted_rows(weights, number, as_pixels(input))
+    number, weights, _, _ = corners(points, image, input.shape[2:], border)
+    return weighted_rows(weights, number, as_rows(input))
 
 
 @_sample.joint_derivative("input", "points")
 def _rule(g: Any, needs: Any, input: Any, points: Any, image: Any, border: str) -> tuple[Any, Any]:
-    n, c, h, w = input.shape
-    number, weights, by_y, by_x = corners(points, image, h, w, border)
+    shape = input.shape
+    number, weights, by_y, by_x = corners(points, image, shape[2:], border, slopes=needs[1])
     x_bar = p_bar = None
     if needs[0]:
-        x_bar = spread_rows(weights, number, g, n * h * w)
-        x_bar = x_bar.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+        count = shape[0] * (shape[2] * shape[3] + 1)
+        x_bar = from_rows(spread_rows(weights, number, g, count), shape)
     if needs[1]:
-        rows = as_pixels(input)
+        rows = as_rows(input)
         slopes = (weighted_rows(slope, number, rows) for slope in (by_y, by_x))
         p_bar = of(g).stack([row_products(g, slope) for slope in slopes], axis=1)
     return x_bar, p_bar
@@ -262,6 +286,9 @@ PADDINGS = ("zeros", "border", "reflection")
 CUBIC = -0.75
 """The derivative of Keys' kernel at 1, as in torch."""
 
+TAPS = (-1, 0, 1, 2)
+"""The neighbours of a point in bicubic interpolation, counted from its floor."""
+
 
 def grid_sample(
     input: Array,
@@ -282,8 +309,11 @@ def grid_sample(
             image mirrored at its edges (at the centres of the outermost pixels with
             ``align_corners``), ``"reflection"``.
 
+        align_corners: see ``grid``.
+
     Returns:
-        (n, c, h', w').
+        (n, c, h', w').  A point at nan reads nan, and so does one at ±inf with ``"reflection"`` or
+        ``"bicubic"``, which have no place for it.
 
     Raises:
         ValueError: the shapes do not fit, or an unknown mode.
@@ -316,21 +346,30 @@ def _bilinear(input: Any, points: Any, padding: str, align_corners: bool) -> Any
 
 def _nearest(input: Any, points: Any, padding: str, align_corners: bool) -> Any:
     points = data_of(_padded(points, input.shape[2:], padding, align_corners))
-    return bilinear_sample(input, of(points).rint(points))
+    return _pixels(input, of(points).rint(points))
 
 
 def _bicubic(input: Any, points: Any, padding: str, align_corners: bool) -> Any:
     """Sixteen neighbours; the padding is that of the neighbours, not of the point."""
-    xp, size = of(points), input.shape[2:]
+    xp, (n, p, _), size = of(points), points.shape, input.shape[2:]
     floor = xp.floor(data_of(points))
     t = points - floor
-    y: Any = 0.0
-    for dy in range(-1, 3):
-        for dx in range(-1, 3):
-            near = floor + xp.asarray([dy, dx], dtype=floor.dtype)
-            tap = bilinear_sample(input, _padded(near, size, padding, align_corners))
-            y = y + tap * (_keys(t[..., 0], dy) * _keys(t[..., 1], dx))[:, None]
-    return y
+    weights = [ops.stack([_keys(t[..., axis], tap) for tap in TAPS], axis=2) for axis in (0, 1)]
+    taps = xp.asarray([[y, x] for y in TAPS for x in TAPS], dtype=floor.dtype)
+    near = (floor[:, :, None] + taps).reshape(n, p * len(taps), 2)
+    found = _pixels(input, _padded(near, size, padding, align_corners))
+    found = found.reshape(n, input.shape[1], p, len(TAPS), len(TAPS))
+    return ops.einsum("ncpij,npi,npj->ncp", found, *weights)
+
+
+def _pixels(input: Any, places: Any) -> Any:
+    """The pixels (n, c, p) at places (n, p, 2) that are integers: 0 outside, nan for nan."""
+    (n, p, _), size = places.shape, input.shape[2:]
+    at = _whole(_placed(places, size, "zero_pad")[0])
+    image = of(places).arange(n)[:, None]
+    found = as_rows(input)[_numbers(at[..., 0], at[..., 1], image, size).reshape(-1)]
+    found = found.reshape(n, p, input.shape[1]).transpose(0, 2, 1)
+    return ops.where((places == places).all(axis=2)[:, None], found, math.nan)
 
 
 def _keys(t: Any, tap: int) -> Any:

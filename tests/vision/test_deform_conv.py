@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from mini_nn import Rng, Tensor, grad, ops
 from mini_nn.check import check_grads
 from mini_nn.nn import functional as F
-from mini_nn.vision import bilinear_sample, deform_conv2d, deform_conv2d_by_warps
+from mini_nn.vision import (
+    affine_grid,
+    bilinear_sample,
+    deform_conv2d,
+    deform_conv2d_by_warps,
+    grid_sample,
+    sampling,
+)
 from mini_nn.vision import deform_conv as module
 from tests.support import assert_close, host
 from tests.vision.goldens import ARRAYS, OPTIONS, answers_alike, part
@@ -143,6 +150,69 @@ def test_without_offsets_it_is_a_convolution(xp: Any, f: Any, shape: Any) -> Non
     assert_close(found, half, rtol=1e-11, atol=1e-12)
 
 
+def slopes_at_pixels(xp: Any) -> None:
+    case = Case(20)
+    offset = Tensor(case.offset * 0.0, requires_grad=True)
+    g = Rng(21).normal((2, 6, *case.size), dtype="float64")
+    (found,) = grad(case(offset=offset), offset, g)
+    wide = np.pad(host(case.input), ((0, 0), (0, 0), (1, 2), (1, 2)))
+    weight, mask = host(case.weight), host(case.mask)
+    want = np.zeros(offset.shape)
+    for k, (row, column) in enumerate(np.ndindex(3, 3)):
+        z = np.einsum("noij,oc->ncij", host(g), weight[:, :, row, column])
+        x, down, right = (
+            wide[:, :, row + i : row + i + 5, column + j : column + j + 6]
+            for i, j in ((0, 0), (1, 0), (0, 1))
+        )
+        want[:, 2 * k] = mask[:, k] * (z * (down - x)).sum(axis=1)
+        want[:, 2 * k + 1] = mask[:, k] * (z * (right - x)).sum(axis=1)
+    assert_close(found, want, rtol=1e-10, atol=1e-11)
+
+
+def test_where_training_starts_every_offset_gradient_is_a_difference_to_the_right(
+    xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets of 0 read pixels, margins and corners included, where x has a kink."""
+    slopes_at_pixels(xp)
+    slopes_to_the_left(monkeypatch)
+    test_torchvision(xp, deform_conv2d, 0)
+    with pytest.raises(AssertionError):
+        slopes_at_pixels(xp)
+
+
+def test_the_differences_to_both_sides_are_limits(xp: Any) -> None:
+    """x(p + h) and x(p − h): the derivative at a pixel is the one to the right, not the left."""
+    case = Case(22, c=1, out=1, n=1)
+    slopes = []
+    for shift in (-1e-6, 0.0, 1e-6):
+        offset = Tensor(case.offset * 0.0 + shift, requires_grad=True)
+        slopes.append(host(grad(ops.sum(case(offset=offset, mask=None)), offset)[0]))
+    left, here, right = slopes
+    assert_close(here, right, rtol=1e-4, atol=1e-4)
+    assert abs(here - left).max() > 0.1
+
+
+@FORMS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mask_of_ones_is_no_mask(xp: Any, f: Any, shape: Any) -> None:
+    case = Case(23, **shape)
+    assert_close(case(f, mask=0.0 * case.mask + 1.0), case(f, mask=None), rtol=1e-13, atol=1e-13)
+
+
+@given(st.integers(0, 2**32))
+def test_affine_offsets_are_a_spatial_transformer(xp: Any, seed: int) -> None:
+    """One place, unit weights, and Δp = θ(p) − p: torch's sampling with aligned corners."""
+    rng = Rng(seed)
+    input = rng.normal((2, 4, 5, 6), dtype="float64")
+    theta = rng.normal((2, 2, 3), dtype="float64")
+    grid = affine_grid(theta, input.shape, align_corners=True)
+    points = (host(grid)[..., ::-1] + 1.0) / 2.0 * [4, 5]
+    offset = points - np.stack(np.mgrid[:5, :6], axis=-1)
+    unit = xp.eye(4, dtype="float64").reshape(4, 4, 1, 1)
+    found = deform_conv2d(input, xp.asarray(offset.transpose(0, 3, 1, 2).copy()), unit)
+    assert_close(found, grid_sample(input, grid, align_corners=True), rtol=1e-9, atol=1e-10)
+
+
 @given(st.integers(-7, 7), st.integers(-7, 7))
 def test_a_constant_offset_shifts_the_image(xp: Any, a: int, b: int) -> None:
     case = Case(5)
@@ -182,19 +252,102 @@ def test_swapped_axes_kernel_order_and_pairs_would_be_noticed(xp: Any) -> None:
         assert abs(host(case(offset=wrong, mask=None)) - want).max() > 0.5
 
 
-def test_clamping_and_padding_first_would_be_noticed(xp: Any) -> None:
-    case = Case(7)
-    offset = case.offset * 0.0 - 0.5
-    right = host(case(offset=offset, mask=None))
-    still = offset * 0.0
-    # a border that repeats the edge
-    points = np.stack(np.mgrid[-1:6, -1:7], axis=-1).reshape(1, -1, 2) - 0.5
-    clamped = np.clip(points, 0, [4, 5])
-    moved = bilinear_sample(case.input, xp.asarray(np.repeat(clamped, 2, axis=0)))
-    wrong = F.conv2d(host(moved).reshape(2, 4, 7, 8), host(case.weight), host(case.bias))
-    assert abs(host(wrong) - right).max() > 0.1
-    # coordinates in the padded image, clamped to it: only the border's values differ
-    assert abs(right - host(case(offset=still, mask=None))).max() > 0.1
+# Classic mistakes, planted: torchvision's numbers are no longer met
+
+
+def axes_swapped(patch: pytest.MonkeyPatch) -> None:
+    right = module.corners
+    patch.setattr(module, "corners", lambda points, *rest: right(points[:, ::-1], *rest))
+
+
+def kernel_read_by_columns(patch: pytest.MonkeyPatch) -> None:
+    right = module.Geometry.grid
+
+    def grid(self: Any, xp: Any, dtype: Any) -> Any:
+        places = right(self, xp, dtype).reshape(-1, *self.kernel, 2)
+        return places.swapaxes(1, 2).reshape(len(places), -1, 2)
+
+    patch.setattr(module.Geometry, "grid", grid)
+
+
+def truncated(patch: pytest.MonkeyPatch) -> None:
+    class Truncating:
+        def __init__(self, xp: Any) -> None:
+            self.xp = xp
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.xp, "trunc" if name == "floor" else name)
+
+    right = sampling.of
+    patch.setattr(sampling, "of", lambda x: Truncating(right(x)))
+
+
+def clamped(patch: pytest.MonkeyPatch) -> None:
+    def placed(points: Any, size: Any, border: str) -> Any:
+        xp = sampling.of(points)
+        edge = xp.asarray([s - 1.0 for s in size], dtype=points.dtype)
+        return xp.minimum(xp.maximum(points, 0.0), edge), None
+
+    patch.setattr(sampling, "_placed", placed)
+
+
+def in_padded_coordinates(patch: pytest.MonkeyPatch) -> None:
+    right = module.Geometry.grid
+
+    def grid(self: Any, xp: Any, dtype: Any) -> Any:
+        return right(self, xp, dtype) + xp.asarray(self.padding, dtype=dtype)
+
+    patch.setattr(module.Geometry, "grid", grid)
+
+
+def slopes_to_the_left(patch: pytest.MonkeyPatch) -> None:
+    """Right between pixels, so that only the test at pixels can notice."""
+    right = module.corners
+
+    def corners(points: Any, *rest: Any) -> Any:
+        return (*right(points, *rest)[:2], *right(points - 1e-13, *rest)[2:])
+
+    patch.setattr(module, "corners", corners)
+
+
+MISTAKES = (axes_swapped, kernel_read_by_columns, truncated, clamped, in_padded_coordinates)
+
+
+@pytest.mark.parametrize("plant", MISTAKES)
+def test_mistakes_are_noticed(xp: Any, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_torchvision(xp, deform_conv2d, 0)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_torchvision(xp, deform_conv2d, 0)
+
+
+def padded_first(case: Case, padding: Any) -> Any:
+    """What many ports do: pad, then clamp the points to the padded image."""
+    wide = np.pad(host(case.input), ((0, 0), (0, 0), *((p, p) for p in padding)))
+    h, w = wide.shape[2:]
+    grid = np.stack(np.mgrid[: case.size[0], : case.size[1]], axis=-1)
+    taps = np.stack(np.mgrid[:3, :3], axis=-1).reshape(9, 1, 1, 2)
+    moved = host(case.offset).reshape(2, 9, 2, *case.size).transpose(0, 1, 3, 4, 2)
+    points = np.clip(grid + taps + moved, 0, [h - 1, w - 1])
+    y = np.zeros((2, 6, *case.size))
+    for b, k, i, j in np.ndindex(points.shape[:4]):
+        at_y, at_x = points[b, k, i, j]
+        value = sum(
+            kernel(at_y, row) * kernel(at_x, column) * wide[b, :, row, column]
+            for row in range(int(at_y), min(int(at_y) + 2, h))
+            for column in range(int(at_x), min(int(at_x) + 2, w))
+        )
+        y[b, :, i, j] += host(case.weight).reshape(6, 4, 9)[:, :, k] @ value
+    return y
+
+
+def test_padding_first_would_be_noticed(xp: Any) -> None:
+    """Clamped to a margin of zeros it does no harm; without one the edge is read again outside."""
+    with_margin, without = Case(7), Case(7, padding=(0, 0))
+    right = with_margin(bias=None, mask=None)
+    assert_close(padded_first(with_margin, (1, 1)), right, rtol=1e-10, atol=1e-11)
+    right = host(without(bias=None, mask=None))
+    assert abs(padded_first(without, (0, 0)) - right).max() > 0.5
 
 
 @given(st.integers(0, 2**32), st.floats(-2, 2))
@@ -269,7 +422,7 @@ def test_an_offset_far_outside_leaves_the_bias_and_gets_no_gradient(xp: Any) -> 
 def test_chunks_change_nothing(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case, results = Case(13, n=5, parts=2, groups=2), []
     for size in (1, 10**9):
-        monkeypatch.setattr(module, "COLUMNS", size)
+        monkeypatch.setattr(module, "BUDGET", size)
         leaves = [Tensor(x, requires_grad=True) for x in (case.input, case.offset, case.weight)]
         out = case(input=leaves[0], offset=leaves[1], weight=leaves[2])
         results.append([out, *grad(ops.sum(ops.sin(out)), leaves)])
@@ -277,24 +430,84 @@ def test_chunks_change_nothing(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None
         assert_close(one, all_at_once, rtol=1e-11, atol=1e-12)
 
 
-def test_memory_does_not_grow_with_the_batch(
-    backend_name: str, monkeypatch: pytest.MonkeyPatch
+BOUNDED: list[dict[str, Any]] = [
+    {"c": 16},
+    {"c": 1},
+    {"c": 8, "parts": 8},
+    {"c": 2, "out": 64},
+    {"c": 32, "kernel": (1, 1), "padding": (0, 0), "stride": (4, 4)},
+]
+
+
+@pytest.mark.parametrize("border", ["zero_pad", "clamp_v1"])
+@pytest.mark.parametrize("budget", [1, 1 << 19])
+@pytest.mark.parametrize("shape", BOUNDED)
+def test_memory_stays_within_the_stated_bound(
+    backend_name: str, shape: Any, budget: int, border: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend_name != "numpy":
         pytest.skip("traces the host's memory")
-    monkeypatch.setattr(module, "COLUMNS", 1)
-    peaks = []
-    for n in (2, 8):
-        case = Case(14, image=(24, 24), c=8, n=n)
-        leaves = [Tensor(x, requires_grad=True) for x in (case.input, case.offset, case.mask)]
-        tracemalloc.start()
-        out = case(input=leaves[0], offset=leaves[1], mask=leaves[2])
-        grad(out, leaves, case.input[:, :6] * 0.0 + 1.0)
-        own = out.data.nbytes + sum(x.data.nbytes for x in leaves)
-        peaks.append(tracemalloc.get_traced_memory()[1] - 2 * own)
+    case = Case(14, image=(16, 16), n=8, **shape)
+    case(n=1)  # what is imported at the first use does not count
+    (_, c, h, w), (height, width), out = case.input.shape, case.size, len(case.bias)
+    places = case.mask.shape[1] * height * width
+    columns = c * case.weight[0, 0].size * height * width
+    one = 72 * places + 6 * columns + 4 * (c * h * w + out * height * width)
+    small = 1 << 14  # what does not depend on sizes, in bytes
+    bound = 8 * max(budget, one) + small
+    monkeypatch.setattr(module, "BUDGET", budget)
+    leaves = {k: Tensor(getattr(case, k), requires_grad=True) for k in ("input", "offset", "mask")}
+    leaves["weight"] = Tensor(case.weight, requires_grad=True)
+
+    def f(*args: Any, **options: Any) -> Any:
+        return deform_conv2d(*args, **options, border=border)
+
+    tracemalloc.start()
+    try:
+        y = case(f, bias=None, **leaves)
+        forward = tracemalloc.get_traced_memory()[1] - y.data.nbytes
+        g = np.ones(y.shape)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        found = grad(y, [*leaves.values()], g)
+        own = sum(x.data.nbytes for x in found)
+        backward = tracemalloc.get_traced_memory()[1] - before - own
+    finally:
         tracemalloc.stop()
-    columns = 8 * 24 * 24 * 8 * 9  # bytes of one image's columns
-    assert peaks[1] < peaks[0] + columns  # six more images would have six times as many
+    assert forward < bound and backward < bound
+    if budget == 1:  # the bound says something: all eight images at once break it
+        monkeypatch.setattr(module, "BUDGET", 10**12)
+        tracemalloc.start()
+        case(f, bias=None, **leaves)
+        assert tracemalloc.get_traced_memory()[1] > bound
+        tracemalloc.stop()
+
+
+def test_input_smaller_than_the_kernel(xp: Any) -> None:
+    """With enough padding it is a convolution as any other; without, there is no output."""
+    case = Case(18, image=(2, 1), n=1)
+    names = ("input", "offset", "weight", "bias")
+    want = in_loops(
+        *(host(getattr(case, k)) for k in names), *case.options.values(), host(case.mask)
+    )
+    assert_close(case(), want, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"\(3, 3\).*larger than images \(2, 1\)"):
+        deform_conv2d(case.input, case.offset, case.weight, case.bias)
+
+
+@FORMS
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_pixel_that_is_not_finite(xp: Any, f: Any, bad: float) -> None:
+    """It spoils what reads it, as in the loops, but nothing that reads outside of the image."""
+    case = Case(19, n=1, c=1, out=1)
+    input = host(case.input).copy()
+    input[0, 0, 0, 0] = bad
+    arrays = [input, host(case.offset), host(case.weight), None]
+    with np.errstate(invalid="ignore"):
+        want = in_loops(*arrays, *case.options.values(), None)
+        found = case(f, input=xp.asarray(input), bias=None, mask=None)
+    assert 0 < np.isfinite(want).sum() < want.size
+    assert_close(found, want, rtol=1e-10, atol=1e-12)
 
 
 def test_no_images(xp: Any) -> None:

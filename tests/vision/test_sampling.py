@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_nn import Rng, Tensor, grad, ops
+from mini_nn import Rng, Tensor, backend, grad, ops
 from mini_nn.check import check_grads
 from mini_nn.vision import affine_grid, bilinear_sample, grid_sample, sample_points
 from mini_nn.vision.sampling import _definition
@@ -148,13 +148,35 @@ def test_nan_is_not_hidden(xp: Any, border: str) -> None:
     assert found[1, 0] == 1.0
 
 
-def test_truncation_for_floor_would_be_noticed(xp: Any) -> None:
-    """The classic bug: int() of −0.25 is 0, so that a pixel too far right is read."""
-    input = xp.asarray(np.array([4.0, 1.0])[None, None, :, None])
-    low = int(-0.25)
-    wrong = (1 - (-0.25 - low)) * 4.0 + (-0.25 - low) * 1.0
-    right, _ = at(xp, input, -0.25, 0.0)
-    assert right == 3.0 != wrong
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_outside_is_zero_whatever_the_edge_holds(xp: Any, border: str, bad: float) -> None:
+    """Nothing is read there, so not even 0 · inf; and back no gradient comes, not even 0 · inf."""
+    rng = Rng(0)
+    pixels = host(rng.normal((2, 1, 3, 4), dtype="float64")).copy()
+    pixels[:, :, [0, 0, 2, 2], [0, 3, 0, 3]] = bad
+    places = [[-5.0, 1.0], [1.0, -1e30], [9.0, 9.0], [-2.5, 9.0], [1.5, math.inf], [1.0, 1.0]]
+    points, image = xp.asarray(places, dtype="float64"), xp.asarray([0, 1, 0, 1, 0, 1])
+    input, want = xp.asarray(pixels), np.array([[0.0]] * 5 + [[pixels[1, 0, 1, 1]]])
+    assert_close(_definition(input, points, image, border), want, rtol=0)
+    leaf = Tensor(input, requires_grad=True)
+    out = sample_points(leaf, points, image, border)
+    assert_close(out, want, rtol=0)
+    (x_bar,) = grad(out, leaf, xp.asarray([[bad]] * 5 + [[1.0]]))
+    want = np.zeros_like(pixels)
+    want[1, 0, 1, 1] = 1.0
+    assert_close(x_bar, want, rtol=0)
+
+
+def test_a_pixel_without_number_shows_only_in_its_neighbourhood(xp: Any) -> None:
+    pixels = host(Rng(0).normal((1, 1, 5, 5), dtype="float64")).copy()
+    pixels[0, 0, 2, 2] = math.nan
+    found = [
+        [at(xp, xp.asarray(pixels), i + 0.25, j + 0.75)[0] for j in range(5)] for i in range(5)
+    ]
+    want = np.zeros((5, 5), "bool")
+    want[1:3, 1:3] = True
+    assert (np.isnan(np.array(found)) == want).all()
 
 
 def test_each_image_has_its_own_points(xp: Any) -> None:
@@ -164,6 +186,57 @@ def test_each_image_has_its_own_points(xp: Any) -> None:
     for n in range(3):
         alone = sample_points(input[n : n + 1], points[n], xp.zeros(7, "int64"))
         assert_close(found[n], host(alone).T)
+
+
+def test_image_numbers(xp: Any, backend_name: str) -> None:
+    """Any integers; on the host one out of range is noticed, even if its point is outside."""
+    input, points = (
+        xp.ones((2, 1, 3, 3), "float32"),
+        xp.asarray([[0.0, 1.0], [-7.0, 1.0]], "float32"),
+    )
+    for dtype in ("uint8", "int32"):
+        found = sample_points(input, points, xp.asarray([1, 1], dtype))
+        assert_close(found, np.array([[1.0], [0.0]], "float32"))
+    with pytest.raises(TypeError, match="integers, got float32"):
+        sample_points(input, points, points[:, 0])
+    if backend_name == "numpy":
+        for wrong in ([0, 2], [-1, 0], [2, 0]):
+            with pytest.raises(IndexError, match="from 0 to"):
+                sample_points(input, points, xp.asarray(wrong))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@given(st.integers(0, 6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**32))
+def test_the_sparse_product_and_its_transpose(
+    xp: Any, dtype: str, count: int, entries: int, size: int, seed: int
+) -> None:
+    """As a dense matrix W of sums over repeated numbers: W x and Wᵀ y."""
+    rng = Rng(seed)
+    index = rng.integers(0, size, (count, entries))
+    weights = rng.normal((count, entries), dtype=dtype)
+    x, y = rng.normal((size, 3), dtype=dtype), rng.normal((count, 3), dtype=dtype)
+    dense = np.zeros((count, size))
+    for r, e in np.ndindex(count, entries):
+        dense[r, int(host(index)[r, e])] += host(weights)[r, e]
+    tolerance = {"float16": 2e-2, "float32": 1e-5, "float64": 1e-12}[dtype]
+    forth = backend.weighted_rows(weights, index, x)
+    back = backend.spread_rows(weights, index, y, size)
+    assert forth.dtype == back.dtype == dtype
+    assert_close(forth, dense @ host(x).astype("float64"), rtol=tolerance, atol=tolerance)
+    assert_close(back, dense.T @ host(y).astype("float64"), rtol=tolerance, atol=tolerance)
+
+
+def test_the_blocks_of_a_product_change_nothing(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, results = Rng(0), []
+    index, weights = rng.integers(0, 5, (7, 4)), rng.normal((7, 4), dtype="float16")
+    x, y = rng.normal((5, 3), dtype="float16"), rng.normal((7, 3), dtype="float16")
+    for size in (1, 10**6):
+        monkeypatch.setattr(backend, "GATHERED", size)
+        results.append(
+            (backend.weighted_rows(weights, index, x), backend.spread_rows(weights, index, y, 5))
+        )
+    for one, all_at_once in zip(*results, strict=True):
+        assert_close(one, all_at_once, rtol=1e-2, atol=1e-2)
 
 
 def test_no_points_and_no_images(xp: Any) -> None:
@@ -229,6 +302,43 @@ def test_the_identity_reads_every_pixel(xp: Any, corners: bool) -> None:
     # mixing the two conventions shifts what is read
     mixed = grid_sample(input, grid, align_corners=not corners)
     assert abs(host(mixed) - host(input)).max() > 1e-2
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_the_nearest_pixel_is_read_alone(xp: Any, corners: bool) -> None:
+    """Its neighbours, whatever they are, have no part in it."""
+    pixels = host(Rng(0).normal((1, 2, 4, 5), dtype="float64")).copy()
+    pixels[0, :, ::2, ::2] = math.inf
+    theta = xp.asarray([[[1.0, 0, 0], [0, 1.0, 0]]])
+    grid = affine_grid(theta, pixels.shape, corners)
+    found = grid_sample(xp.asarray(pixels), grid, "nearest", align_corners=corners)
+    assert_close(found, pixels, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+def test_a_grid_at_nan(xp: Any, mode: str, padding: str) -> None:
+    grid = xp.asarray([[[[math.nan, 0.0], [0.0, 0.0]]]], "float32")
+    found = host(grid_sample(xp.ones((1, 2, 3, 3), "float32"), grid, mode, padding))
+    assert found.dtype == "float32" and np.isnan(found[..., 0]).all()
+    assert_close(found[..., 1], np.ones((1, 2, 1), "float32"))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+def test_a_grid_without_points_or_images(xp: Any, mode: str) -> None:
+    input, grid = xp.ones((2, 3, 4, 4), "float32"), xp.zeros((2, 5, 6, 2), "float32")
+    assert grid_sample(input[:0], grid[:0], mode).shape == (0, 3, 5, 6)
+    assert grid_sample(input, grid[:, :0], mode).shape == (2, 3, 0, 6)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+def test_gradients_of_grids_to_the_second_order(xp: Any, mode: str, padding: str) -> None:
+    rng = Rng(4)
+    input = rng.normal((1, 2, 3, 4), dtype="float64")
+    places = [[[-0.9, 0.37], [0.21, -0.55]], [[0.83, 0.62], [-1.21, 1.33]]]
+    grid = xp.asarray([places], dtype="float64")
+    check_grads(lambda x, g: grid_sample(x, g, mode, padding), input, grid, order=2)
 
 
 def test_a_reference_point_at_half_a_pixel_hits_the_pixel(xp: Any) -> None:
