@@ -1,8 +1,7 @@
-"""Autoregressive generation: filters of logits, sampling, the cache of keys and values, the loop.
+"""Autoregressive generation: sampling, the cache of keys and values, the loop.
 
-Sources of the filters: top-k, Fan, Lewis & Dauphin 2018, arXiv:1805.04833; top-p (nucleus),
-Holtzman et al. 2019, arXiv:1904.09751; min-p, Nguyen et al. 2024, arXiv:2407.01082.  Names, order
-and meaning are those of Hugging Face's ``generate``; temperature 0 is greedy decoding.
+The filters of logits are those of ``mini_nn.decoding.processors``; names, order and meaning are
+those of Hugging Face's ``generate``; temperature 0 is greedy decoding.
 
 A model can be generated from if it has ``config.n_positions``, ``config.eos_token_id``,
 ``new_cache(capacity)`` and ``next_logits(ids, attention_mask, cache)``; ``GenerationMixin`` adds
@@ -12,121 +11,21 @@ the rest.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from mini_nn import Rng, Tensor, backend, default_rng, ops, shapes
+from mini_nn import Rng, Tensor, backend, default_rng
 from mini_nn.backend import Array
+from mini_nn.decoding.processors import (  # noqa: F401 - the filters, under the name they had
+    filter_logits,
+    min_p_filter,
+    top_k_filter,
+    top_p_filter,
+)
 from mini_nn.engine import data_of
 from mini_nn.nn import Module
 
 M = TypeVar("M", bound=Module)
-
-FORBIDDEN = float("-inf")
-
-
-# Filters: logits (…, V) to logits (…, V) in which the tokens that may not be drawn are −inf
-
-
-@shapes("... v, ? -> ... v")
-def top_k_filter(logits: Any, k: int) -> Any:
-    """Keep the k largest logits of each row.
-
-    Args:
-        logits: (…, V), an array or a Tensor.
-        k: at least 1; k ≥ V keeps all.
-
-    Returns:
-        (…, V).  Tokens that tie with the k-th are kept too: more than k survive only then.
-
-    Raises:
-        ValueError: k is below 1.
-    """
-    if k < 1:
-        raise ValueError(f"top_k keeps at least 1 token, got {k}: pass None to keep all")
-    x = data_of(logits)
-    vocabulary = x.shape[-1]
-    if k >= vocabulary:
-        return logits
-    at = vocabulary - k
-    threshold = backend.of(x).partition(x, at, axis=-1)[..., at : at + 1]
-    return ops.where(x >= threshold, logits, FORBIDDEN)
-
-
-@shapes("... v, ? -> ... v")
-def top_p_filter(logits: Any, p: float) -> Any:
-    """Keep the smallest set of most probable tokens whose probabilities sum to at least p.
-
-    Args:
-        logits: (…, V), an array or a Tensor.
-        p: in [0, 1]; 0 keeps the most probable token and 1 keeps all, whatever underflows.
-
-    Returns:
-        (…, V).  Of tokens that tie at the border those with the lower numbers are kept, so that the
-        set is the smallest one and the same on each call.  A sum is compared with p after rounding.
-
-    Raises:
-        ValueError: p is outside [0, 1].
-    """
-    _check_fraction("top_p", p)
-    if p == 1:
-        return logits
-    x = data_of(logits)
-    xp = backend.of(x)
-    ascending = xp.argsort(-x, axis=-1, kind="stable")[..., ::-1]
-    probabilities = ops.softmax(xp.take_along_axis(x, ascending, axis=-1))
-    kept = probabilities.cumsum(axis=-1) > 1 - p  # adding up from the tail is the more accurate way
-    kept[..., -1:] = True
-    allowed = xp.empty(x.shape, "bool")
-    xp.put_along_axis(allowed, ascending, kept, axis=-1)
-    return ops.where(allowed, logits, FORBIDDEN)
-
-
-@shapes("... v, ? -> ... v")
-def min_p_filter(logits: Any, p: float) -> Any:
-    """Keep the tokens that are at least p times as probable as the most probable one.
-
-    Args:
-        logits: (…, V), an array or a Tensor.
-        p: in [0, 1]; 0 keeps all and 1 only the most probable token and those that tie with it.
-
-    Returns:
-        (…, V).  Logits are compared with max + ln p, so no probability underflows.
-
-    Raises:
-        ValueError: p is outside [0, 1].
-    """
-    _check_fraction("min_p", p)
-    if p == 0:
-        return logits
-    x = data_of(logits)
-    return ops.where(x >= x.max(axis=-1, keepdims=True) + math.log(p), logits, FORBIDDEN)
-
-
-def filter_logits(
-    logits: Any,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> Any:
-    """Temperature, top-k, top-p and min-p, in this order; None leaves one out.
-
-    The result's softmax is the law that ``generate`` draws from, for any temperature above 0.
-
-    Raises:
-        ValueError: the temperature is not positive, or as the filters.
-    """
-    if not temperature > 0:
-        raise ValueError(f"logits are divided by a temperature above 0, got {temperature}")
-    if temperature != 1:
-        logits = logits / temperature
-    if top_k is not None:
-        logits = top_k_filter(logits, top_k)
-    if top_p is not None:
-        logits = top_p_filter(logits, top_p)
-    return logits if min_p is None else min_p_filter(logits, min_p)
 
 
 def sample(logits: Array, rng: Rng) -> Array:
@@ -135,11 +34,6 @@ def sample(logits: Array, rng: Rng) -> Array:
     By the Gumbel-max trick (Gumbel 1954), in which a logit of −inf is never drawn.
     """
     return (logits + rng.gumbel(logits.shape, dtype=logits.dtype)).argmax(axis=-1)
-
-
-def _check_fraction(name: str, p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name} is between 0 and 1, got {p}")
 
 
 # The cache
