@@ -13,7 +13,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import mini_nn
-from models.studies import gpt
+from models.studies import Study, deformable, gpt, initialization
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,3 +62,55 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
     quoted = {"validation": "**{:.2f}**", "gzip": "gzip ({:.2f})", "LZMA": "LZMA ({:.2f})"}
     for name, text in {**quoted, "bzip2": "bzip2 ({:.2f})"}.items():
         assert text.format(metrics[f"{name}_bits_per_character"]) in page
+
+
+@pytest.mark.parametrize(
+    ("page", "study", "quoted", "places"),
+    [
+        (
+            "01-initialization.md",
+            initialization.STUDY,
+            ["post_norm", "unigram", "post_norm_warm_up", "pre_norm", "deepnorm", "rezero"],
+            "{}_bits_per_character",
+        ),
+        (
+            "12-deformable-convolution.md",
+            deformable.STUDY,
+            [
+                f"{kind}_{what}"
+                for what in ("disc_accuracy", "nucleus_overlap", "edge_overlap")
+                for kind in ("conv", "dcn_v1", "dcn_v2")
+            ],
+            "{}",
+        ),
+    ],
+)
+def test_the_numbers_of_an_article_are_those_of_the_run_that_made_its_figure(
+    page: str, study: Study, quoted: list[str], places: str
+) -> None:
+    """They stand in the section on the study in this order."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.partition("## What came out")[2].partition("\n## ")[0]
+    made = json.loads((ROOT / "docs" / "figures" / f"{study.name}.json").read_text("utf-8"))
+    assert made["config"] == asdict(study.full) and made["budget"] == "full"
+    start = 0
+    for name in quoted:
+        number = f"{made['metrics'][places.format(name)]:.2f}"
+        start = section.find(number, start) + 1
+        assert start, f"{name}: {number} is not where it should be"
+
+
+def test_the_claims_of_the_studies_hold_in_the_runs_that_made_their_figures() -> None:
+    metrics = {
+        name: json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text("utf-8"))["metrics"]
+        for name in ("deformable", "initialization")
+    }
+    discs = metrics["deformable"]
+    for kind in ("dcn_v1", "dcn_v2"):
+        assert discs[f"{kind}_disc_accuracy"] > discs["conv_disc_accuracy"] + 0.1
+        assert discs[f"{kind}_parameters"] <= discs["conv_parameters"]
+    bits = metrics["initialization"]
+    unigram = bits["unigram_bits_per_character"]
+    assert bits["post_norm_bits_per_character"] > unigram - 0.1
+    for arm in ("post_norm_warm_up", "pre_norm", "deepnorm", "rezero"):
+        assert bits[f"{arm}_bits_per_character"] < unigram - 0.5
