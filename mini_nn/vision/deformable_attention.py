@@ -89,7 +89,7 @@ def _attend(value: Any, locations: Any, weights: Any, spatial_shapes: Any) -> An
     entries = _outer(y, x)
     entries *= weights[:, :, :, None]
     shape = (n * queries * m, 4 * levels * points)
-    out = backend.weighted_rows(entries.reshape(shape), index.reshape(shape), as_rows(value))
+    out = backend.weighted_rows(entries.reshape(shape), index.reshape(shape), _rows(value))
     return Kept(out.reshape(n, queries, m, value.shape[-1]), corners=corners)
 
 
@@ -105,10 +105,11 @@ def _rule(
     grads: list[Any] = [None, None, None]
     if needs[0]:
         entries = (bilinear * weights[:, :, :, None]).reshape(shape)
-        rows = math.prod(value.shape[:3])
-        grads[0] = backend.spread_rows(entries, index.reshape(shape), g, rows).reshape(value.shape)
+        rows = math.prod(value.shape[:3]) + 1
+        spread = backend.spread_rows(entries, index.reshape(shape), g, rows)
+        grads[0] = spread[:-1].reshape(value.shape)
     if needs[1] or needs[2]:
-        a = _row_products(g, index.reshape(shape), as_rows(value)).reshape(index.shape)
+        a = _row_products(g, index.reshape(shape), _rows(value)).reshape(index.shape)
     if needs[2]:
         grads[2] = (a * bilinear).sum(axis=3)
     if needs[1]:
@@ -122,6 +123,16 @@ def _rule(
         at *= _sizes(xp, spatial_shapes, weights.dtype)[:, None]
         grads[1] = at
     return grads[0], grads[1], grads[2]
+
+
+def _rows(value: Any) -> Any:
+    """The pixels as rows (N S M + 1, D), with a row of zeros for all that is outside.
+
+    An infinite pixel at the edge would leave nan where its weight is 0.
+    """
+    rows = as_rows(value)
+    xp = of(rows)
+    return xp.concatenate([rows, xp.zeros((1, rows.shape[1]), rows.dtype)])
 
 
 def _sizes(xp: Any, spatial_shapes: Any, dtype: Any) -> Any:
@@ -144,10 +155,10 @@ def _outer(y: Any, x: Any) -> Any:
 
 
 def _corners(locations: Any, spatial_shapes: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """Where the four neighbours of each point stand among the rows (N S M, D), and their weights.
+    """Where the four neighbours of each point stand among ``_rows``, and their weights.
 
     Returns:
-        The numbers (N, Lq, M, 4, L, K) of the rows; then four arrays (N, Lq, M, 2, L, K): the
+        The numbers (N, Lq, M, 4, L, K) of the rows, that of the zeros outside; then four arrays (N, Lq, M, 2, L, K): the
         weights of the two columns and of the two rows of pixels, which are 0 outside of the map,
         and whether these lie inside.
     """
@@ -185,6 +196,8 @@ def _corners(locations: Any, spatial_shapes: Any) -> tuple[Any, Any, Any, Any, A
     index = (y[:, :, :, :, None] + x[:, :, :, None]).reshape(n, queries, m, 4, levels, points)
     index *= m
     index += xp.arange(m, dtype=number)[:, None, None, None]
+    near = (inside[1][:, :, :, :, None] & inside[0][:, :, :, None]).reshape(index.shape)
+    index = xp.where(near, index, n * total * m).astype(number, copy=False)
     return index, weights[0], weights[1], inside[0], inside[1]
 
 
@@ -216,7 +229,8 @@ def ms_deform_attn(
     Returns:
         (N, Lq, M D).  A location outside reads 0, less than a pixel outside a part of the pixels at
         the edge, and one at nan reads nan.  At the centre of a pixel the gradient of the location
-        is the slope to the right or below.
+        is the slope to the right or below; rounding of a location may put it just before the
+        centre, where it is the other one.
 
     Raises:
         ValueError: the shapes do not fit together.

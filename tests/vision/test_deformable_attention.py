@@ -608,3 +608,14 @@ def test_refusals(xp: Any) -> None:
         boxes.encoder_reference_points(shapes, xp.ones((1, 3, 2)))
     with pytest.raises(ValueError, match=r"padding is \(N, 16\)"):
         boxes.encoder_proposals(xp.zeros((1, 15), "bool"), shapes)
+
+
+def test_an_infinite_pixel_at_the_edge_stays_where_it_is(xp: Any) -> None:
+    value = np.ones((1, 16, 1, 2))
+    value[0, 15] = np.inf  # the last pixel of a map of 4 × 4
+    at = np.array([[1.2, 1.2], [0.9, 1.2], [-0.3, 0.4], [0.375, 0.375]]).reshape(1, 4, 1, 1, 1, 2)
+    weights = np.ones((1, 4, 1, 1, 1))
+    leaves = [Tensor(xp.asarray(x), requires_grad=True) for x in (value, at, weights)]
+    out = ms_deform_attn(leaves[0], [(4, 4)], leaves[1], leaves[2])
+    assert_close(host(out)[0, :, 0], np.array([0.0, 0.0, 0.0, 1.0]), rtol=0, atol=0)
+    assert all(np.isfinite(host(g)).all() for g in grad(ops.sum(out), leaves))
