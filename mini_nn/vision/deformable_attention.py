@@ -158,9 +158,9 @@ def _corners(locations: Any, spatial_shapes: Any) -> tuple[Any, Any, Any, Any, A
     """Where the four neighbours of each point stand among ``_rows``, and their weights.
 
     Returns:
-        The numbers (N, Lq, M, 4, L, K) of the rows, that of the zeros outside; then four arrays (N, Lq, M, 2, L, K): the
-        weights of the two columns and of the two rows of pixels, which are 0 outside of the map,
-        and whether these lie inside.
+        The numbers (N, Lq, M, 4, L, K) of the rows, that of the zeros outside; then four arrays
+        (N, Lq, M, 2, L, K): the weights of the two columns and of the two rows of pixels, which are
+        0 outside of the map, and whether these lie inside.
     """
     xp, (n, queries, m, levels, points, _) = of(locations), locations.shape
     total = sum(height * width for height, width in spatial_shapes)
