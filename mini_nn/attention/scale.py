@@ -21,7 +21,7 @@ length as they are and barely changes how the entropy of random queries and keys
 ``entropy_invariant_scale`` keeps that entropy flat for κ of about 4.
 
 Deviations: the source's maximum of a (1 − Σ p²) at a = 0.84 √(ln n) belongs to an approximation;
-the function itself has a plateau from about √(2 ln n) on, where one weight freezes out.
+the mean over random queries has a plateau from about √(2 ln n) on, where one weight freezes out.
 """
 
 from __future__ import annotations

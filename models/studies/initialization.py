@@ -42,6 +42,9 @@ DIMENSIONS = (16, 64, 256, 1024)
 SCALES = [0.1 * 1.25**k for k in range(22)]
 """Standard deviations of attention logits."""
 
+SENSITIVE = 10_000
+"""Queries whose sensitivities are averaged; few would not show the plateau of the mean."""
+
 SPAN = 10
 """Training steps whose mean loss is one point of a curve."""
 
@@ -155,9 +158,12 @@ def follow(
         what: [median(getattr(row, what) for row in layer) for layer in zip(*runs, strict=True)]
         for what in ("second_moment", "cosine")
     }
-    if network.normalised:
-        return {"measured": measured, "predicted": {}}
-    theory, depth = MeanField(network.f, network.weight_variance), config.depth
+    depth = config.depth
+    if network.normalised:  # the norm puts the second moment at 1, whatever the weights do
+        theory = MeanField(network.f, gain(network.f) ** 2)
+        cosines = theory.cosines(depth, measured["cosine"][0])
+        return {"measured": measured, "predicted": {"cosine": cosines}}
+    theory = MeanField(network.f, network.weight_variance)
     start = measured["second_moment"][0], measured["cosine"][0]
     return {
         "measured": measured,
@@ -303,7 +309,7 @@ def saturation(d: int, scaled: bool, config: InitializationConfig, rng: Rng) -> 
 
 def sensitivities(scales: list[float], config: InitializationConfig, rng: Rng) -> list[float]:
     """Half the sum of |∂p/∂s| over one query's weights, mean over queries, by the scale."""
-    logits = rng.normal((config.queries, config.keys), dtype="float64")
+    logits = rng.normal((SENSITIVE, config.keys), dtype="float64")
     return [float(backend.to_host(sensitivity(logits, a)).mean()) for a in scales]
 
 
