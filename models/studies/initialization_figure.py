@@ -158,19 +158,19 @@ def draw_slopes(axes: Axes, rows: list[tuple[float, float]], keys: int) -> None:
     plot.title(axes, "How much a softmax can still learn")
 
 
-CAPTION = """Above left: the mean square of what each linear layer of a random network of width {width} puts \
-out (solid, median of {draws} draws of the weights), and what the mean field predicts from the \
-first layer on (dashed). "Corrected", and both GELUs without a norm: the weights make up for what \
-the activation loses of a signal of mean square 1; "from" is the input's mean square. Above \
-middle: the mean cosine of {samples} different inputs in the same networks; the prediction is for \
-inputs of one length, which GELU without a norm soon drives apart. Above right: the last state of \
-a stream of {residual_depth} random linear branches of width {residual_width}, as a combination \
-of the input and of what each branch put out (dots), and the coefficients that theory gives \
-(dashed). Below left: bits per character while GPTs of {n_layer} layers and width {n_embd} read \
-Shakespeare with Adam at one learning rate, {lr}, which grows over {warmup} steps where it says \
-warm-up and is constant elsewhere; medians of {seeds} seeds. Matrices start with 0.55 of LeCun's \
-standard deviation, which is BERT's at its width, those of DeepNorm with LeCun's and its own \
-factor. Dashed: what counting single letters reaches. Below middle: the largest of {keys} \
-attention weights of each of {queries} random queries, median and middle four fifths. Below \
-right: half the sum of the absolute derivatives of a query's weights by its logits, mean over \
-10,000 queries."""
+CAPTION = """Above left: the mean square of what each linear layer of a random network of width \
+{width} puts out (solid, median of {draws} draws of the weights), and what the mean field \
+predicts from the first layer on (dashed). "Corrected", and both GELUs without a norm: the \
+weights make up for what the activation loses of a signal of mean square 1; "from" is the input's \
+mean square. Above middle: the mean cosine of {samples} different inputs in the same networks; \
+the prediction is for inputs of one length, which GELU without a norm soon drives apart. Above \
+right: the last state of a stream of {residual_depth} random linear branches of width \
+{residual_width}, as a combination of the input and of what each branch put out (dots), and the \
+coefficients that theory gives (dashed). Below left: bits per character while GPTs of {n_layer} \
+layers and width {n_embd} read Shakespeare with Adam at one learning rate, {lr}, which grows over \
+{warmup} steps where it says warm-up and is constant elsewhere; medians of {seeds} seeds. \
+Matrices start with 0.55 of LeCun's standard deviation, which is BERT's at its width, those of \
+DeepNorm with LeCun's and its own factor. Dashed: what counting single letters reaches. Below \
+middle: the largest of {keys} attention weights of each of {queries} random queries, median and \
+middle four fifths. Below right: half the sum of the absolute derivatives of a query's weights by \
+its logits, mean over 10,000 queries."""
