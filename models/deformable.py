@@ -41,7 +41,7 @@ from functools import partial
 from typing import Any
 
 from mini_nn import Rng, nn, ops
-from mini_nn.backend import Array
+from mini_nn.backend import Array, of
 from mini_nn.engine import data_of
 from mini_nn.nn import Dropout, LayerNorm, Linear, Module, ModuleList, Parameter
 from mini_nn.nn import functional as F
@@ -330,12 +330,40 @@ def from_transformers(state: Mapping[str, Any], decoder: bool) -> dict[str, Any]
 # the study's networks
 
 
+class PixelAttention(Module):
+    """Deformable attention of all pixels to their own map, in the place of a convolution.
+
+    Args:
+        channels: of the map, a multiple of 4, which is the number of heads.
+        points: that each head samples.
+        rng: for the initial weights.
+    """
+
+    def __init__(self, channels: int, points: int = 4, *, rng: Rng | None = None) -> None:
+        self.attention = MSDeformAttn(channels, 1, 4, points, rng=rng)
+
+    def forward(self, input: Any) -> Any:
+        """(n, c, h, w) to the same."""
+        n, c, h, w = input.shape
+        pixels = input.reshape(n, c, h * w).transpose(0, 2, 1)
+        whole = of(data_of(input)).ones((n, 1, 2), input.dtype)
+        centres = encoder_reference_points([(h, w)], whole)
+        seen = self.attention(pixels, centres, pixels, [(h, w)])
+        return seen.transpose(0, 2, 1).reshape(n, c, h, w)
+
+
+def _attention(inputs: int, outputs: int, kernel_size: int, padding: int, rng: Rng) -> Module:
+    """A ``PixelAttention`` by a convolution's arguments."""
+    return PixelAttention(inputs, rng=rng)
+
+
 LAYERS: dict[str, Callable[..., Module]] = {
     "conv": nn.Conv2d,
     "dcn_v1": DeformConvPack,
     "dcn_v2": partial(ModulatedDeformConvPack, mask_scale=2.0),
+    "attention": _attention,
 }
-"""What the last two 3 × 3 layers of a ``PixelNet`` may be; all start as the same convolution."""
+"""What the last two layers of a ``PixelNet`` may be; the first three start as one convolution."""
 
 
 class PixelNet(Module):
@@ -363,7 +391,8 @@ class PixelNet(Module):
         self.fourth = make(width, width, 3, padding=1, rng=rng)
         self.head = nn.Conv2d(width, classes, 1, rng=rng)
         for layer in (self.first, self.second, self.third, self.fourth):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", rng=rng)
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", rng=rng)
 
     def before_last(self, image: Any) -> Any:
         """What the fourth layer is given: (n, inputs, h, w) to (n, width, h, w)."""
@@ -373,7 +402,13 @@ class PixelNet(Module):
         return x
 
     def offsets(self, image: Any) -> Any:
-        """The offsets (n, 18, h, w) that the fourth layer chooses; zeros of a plain convolution."""
+        """The offsets (n, 18, h, w) that the fourth layer chooses; zeros of a plain convolution.
+
+        Raises:
+            ValueError: it is no convolution.
+        """
+        if self.kind == "attention":
+            raise ValueError("attention has points for each head, and no grid that is moved")
         x = self.before_last(image)
         if self.kind == "conv":
             n, _, height, width = x.shape

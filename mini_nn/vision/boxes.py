@@ -72,9 +72,31 @@ def refine_boxes(delta: Array, reference: Array, eps: float = 1e-5) -> Array:
     return ops.sigmoid(delta + before)
 
 
-def valid_ratio(padding: Array, dtype: Any = "float32") -> Array:
-    """The part of width and height that is no padding: (N, H, W) booleans → (N, 2), as (w, h)."""
+def booleans(name: str, padding: Array) -> Array:
+    """The array of a padding mask.
+
+    Raises:
+        TypeError: it is not of booleans; integers are refused, as elsewhere 1 means no padding.
+    """
     padding = data_of(padding)
+    if padding.dtype.kind != "b":
+        raise TypeError(
+            f"{name} takes padding as booleans, True where a pixel is padding, got "
+            f"{padding.dtype}: compare, as in mask == 0 for a mask of ones where the image is"
+        )
+    return padding
+
+
+def valid_ratio(padding: Array, dtype: Any = "float32") -> Array:
+    """The part of width and height that is no padding: (N, H, W) booleans → (N, 2), as (w, h).
+
+    Raises:
+        TypeError: ``padding`` is not of booleans.
+        ValueError: it has not three axes.
+    """
+    padding = booleans("valid_ratio", padding)
+    if padding.ndim != 3:
+        raise ValueError(f"valid_ratio takes padding (N, H, W), got {padding.shape}")
     _, height, width = padding.shape
     columns, rows = (~padding[:, 0, :]).sum(axis=1), (~padding[:, :, 0]).sum(axis=1)
     parts = (columns.astype(dtype) / width, rows.astype(dtype) / height)
@@ -134,12 +156,13 @@ def encoder_proposals(
         are not: they are inf, and what is read there belongs to be set to 0.
 
     Raises:
+        TypeError: ``padding`` is not of booleans.
         ValueError: the levels do not make up S.
     """
     total = sum(height * width for height, width in spatial_shapes)
     if padding is None:
         padding = backend.current().xp.zeros((batch, total), "bool")
-    padding = data_of(padding)
+    padding = booleans("encoder_proposals", padding)
     if padding.ndim != 2 or padding.shape[1] != total:
         raise ValueError(f"padding is (N, {total}) for these levels, got {padding.shape}")
     xp, boxes, start = of(padding), [], 0

@@ -344,6 +344,10 @@ def _checked(
 
 
 def _checked_bias(bias: Any, weight: Any) -> Any:
+    if bias.dtype != weight.dtype:
+        raise TypeError(
+            f"bias has the weight's dtype {weight.dtype}, got {bias.dtype}: convert with astype"
+        )
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias is ({weight.shape[0]},), one per channel, got {bias.shape}")
     return bias.reshape(-1, 1, 1)

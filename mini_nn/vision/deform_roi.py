@@ -409,8 +409,8 @@ class ModulatedDeformRoIPool(Module):
         rng: what their weights are drawn from, N(0, 0.01²) (None: ``default_rng()``).
 
     Attributes:
-        fc1, fc2: Linear layers with ReLU, their biases 0.
-        fc3: Linear(hidden, 3 kh kw) that begins as 0, so that the result begins as half of
+        offset_fc1, offset_fc2: Linear layers with ReLU, their biases 0.
+        offset_fc3: Linear(hidden, 3 kh kw) that begins as 0, so that the result begins as half of
             RoIAlign's: 2 kh kw offsets, all x first, then kh kw masks before the sigmoid.  The
             paper trains the branch with 0.1 of the learning rate.
     """
@@ -432,17 +432,17 @@ class ModulatedDeformRoIPool(Module):
         self.gamma = gamma
         bins = math.prod(self.output_size)
         rng = default_rng() if rng is None else rng
-        self.fc1 = _normal(in_channels * bins, hidden, rng)
-        self.fc2 = _normal(hidden, hidden, rng)
-        self.fc3 = _zeros(Linear(hidden, 3 * bins, rng=Rng(0)))
+        self.offset_fc1 = _normal(in_channels * bins, hidden, rng)
+        self.offset_fc2 = _normal(hidden, hidden, rng)
+        self.offset_fc3 = _zeros(Linear(hidden, 3 * bins, rng=Rng(0)))
 
     def forward(self, input: Array, boxes: Boxes) -> Array:
         """(n, c, h, w) and k boxes → (k, c, kh, kw)."""
         size, scale, ratio = self.output_size, self.spatial_scale, self.sampling_ratio
         plain = roi_align(input, boxes, size, scale, ratio, aligned=True)
         x = plain.reshape(plain.shape[0], math.prod(plain.shape[1:]))
-        x = ops.relu(self.fc2(ops.relu(self.fc1(x))))
-        moved = self.fc3(x).reshape(plain.shape[0], 3, *size)
+        x = ops.relu(self.offset_fc2(ops.relu(self.offset_fc1(x))))
+        moved = self.offset_fc3(x).reshape(plain.shape[0], 3, *size)
         mask = ops.sigmoid(moved[:, 2])
         return modulated_deform_roi_pool(
             input, boxes, moved[:, :2], size, scale, ratio, self.gamma, mask

@@ -52,6 +52,7 @@ from ..ops.elementwise import of
 from ..ops.fused import as_rows
 from ..rng import Rng, default_rng
 from ..tape import Kept
+from .boxes import booleans
 from .sampling import sample_points
 
 __all__ = [
@@ -278,10 +279,11 @@ def locations_from_offsets(
         ValueError: a reference has neither 2 nor 4 coordinates.
     """
     coordinates = reference_points.shape[-1]
-    if coordinates not in (2, 4) or reference_points.ndim != 4:
+    n, queries, _, levels = sampling_offsets.shape[:4]
+    if coordinates not in (2, 4) or tuple(reference_points.shape[:-1]) != (n, queries, levels):
         raise ValueError(
-            "reference_points are points (N, Lq, L, 2) or boxes (N, Lq, L, 4), got "
-            f"{reference_points.shape}"
+            f"reference_points are points (N, Lq, L, 2) or boxes (N, Lq, L, 4) with (N, Lq, L) = "
+            f"{(n, queries, levels)}, got {reference_points.shape}"
         )
     reference = reference_points[:, :, None, :, None]
     if coordinates == 4:
@@ -396,6 +398,7 @@ class MSDeformAttn(Module):
         grid = (n, queries, self.n_heads, self.n_levels, self.n_points)
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
+            input_padding_mask = booleans("MSDeformAttn", input_padding_mask)
             if tuple(input_padding_mask.shape) != tuple(input_flatten.shape[:2]):
                 raise ValueError(
                     f"input_padding_mask is (N, S) = {input_flatten.shape[:2]}, got "

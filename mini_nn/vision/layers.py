@@ -3,7 +3,7 @@
 ====================================================================  ===========================
 y = deform_conv(x, offset), offsets given   (torchvision)             ``DeformConv2d``
 offsets by a convolution of x with the same grid  (1703.06211, 2.1)   ``DeformConvPack``
-offsets and σ(mask) by such a convolution         (1811.11168, 2.2)   ``ModulatedDeformConvPack``
+offsets and σ(mask) by such a convolution         (1811.11168, 3.2)   ``ModulatedDeformConvPack``
 offsets that are parameters, shared by all pixels (1703.09076, 3.2)   ``ActiveConv2d``
 one affine map for the whole image                (1506.02025, 3)     ``SpatialTransformer``
 ====================================================================  ===========================

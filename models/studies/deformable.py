@@ -4,11 +4,14 @@ Two tasks that need just that.  On made-up discs, every pixel of a disc has to n
 the network must see as far as the disc reaches.  On a real micrograph every pixel is background,
 inside a nucleus, or on its edge.  The networks differ in two layers only: plain convolutions,
 deformable ones (Dai et al. 2017, arXiv:1703.06211), or modulated ones (Zhu et al. 2018,
-arXiv:1811.11168); the plain one is wider, so that none has fewer parameters.
+arXiv:1811.11168); the plain one is wider, so that none has more parameters.  On the discs
+deformable attention (Zhu et al. 2020, arXiv:2010.04159) stands in for them, too; what it costs is
+measured beside softmax attention, as the image grows.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -18,12 +21,17 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import mini_nn
-from mini_nn import Rng, backend
+from mini_nn import Rng, backend, ops
 from mini_nn.backend import Array
 from mini_nn.engine import data_of
 from mini_nn.nn import functional as F
 from mini_nn.optim import Adam
-from mini_nn.vision import effective_dilation, effective_receptive_field, offset_groups
+from mini_nn.vision import (
+    effective_dilation,
+    effective_receptive_field,
+    ms_deform_attn,
+    offset_groups,
+)
 
 from ..data import nuclei
 from ..deformable import LAYERS, PixelNet
@@ -39,6 +47,8 @@ RADII = (2.0, 4.0, 6.0, 8.0)
 
 SPREAD, SIZE, NOISE = 0.6, 24, 0.3
 CLASSES = ("background", "inside", "edge")
+CONVOLUTIONS = ("conv", "dcn_v1", "dcn_v2")
+
 OVERLAPS = ("nucleus", "inside", "edge")
 """What is compared: a nucleus is its inside and its edge."""
 
@@ -205,6 +215,29 @@ def overlaps(net: PixelNet, image: Array, classes: Array) -> tuple[list[float], 
 # what is drawn
 
 
+def attention_costs(rng: Rng) -> dict[str, list[tuple[int, float]]]:
+    """Milliseconds of one forward pass over side² pixels, by side², the shortest of five."""
+    costs: dict[str, list[tuple[int, float]]] = {"deformable": [], "softmax": []}
+    for side in (8, 16, 24, 32, 48, 64):
+        pixels = side * side
+        query, key, value = (rng.normal((1, 1, pixels, 32)) for _ in range(3))
+        rows = value.reshape(1, pixels, 1, 32)
+        at = rng.uniform((1, pixels, 1, 1, 4, 2))
+        weights = rng.uniform((1, pixels, 1, 1, 4))
+        passes = {
+            "deformable": lambda: ms_deform_attn(rows, [(side, side)], at, weights),  # noqa: B023
+            "softmax": lambda: ops.scaled_dot_product_attention(query, key, value),  # noqa: B023
+        }
+        for name, run_once in passes.items():
+            times = []
+            for _ in range(5):
+                began = time.perf_counter()
+                backend.to_host(run_once())
+                times.append(time.perf_counter() - began)
+            costs[name].append((pixels, 1e3 * min(times)))
+    return costs
+
+
 def middle_disc(radius: float) -> Array:
     """A disc without noise in the middle of an image, (1, 1, 24, 24)."""
     xp = backend.current().xp
@@ -246,6 +279,8 @@ def run(config: DeformableConfig, session: Session) -> Result:
         with session.timed("discs"):
             net = network(kind, 1, len(RADII), config, weights[0])
             disc_nets[kind] = train(net, f"discs-{kind}", config.steps, some_discs, config, session)
+        if kind not in CONVOLUTIONS:
+            continue
         with session.timed("nuclei"):
             net = network(kind, 1, len(CLASSES), config, weights[1])
             nuclei_nets[kind] = train(
@@ -261,17 +296,20 @@ def run(config: DeformableConfig, session: Session) -> Result:
         moved = {
             k: dilations(n, config, Rng(config.seed + 3))
             for k, n in disc_nets.items()
-            if k != "conv"
+            if k in ("dcn_v1", "dcn_v2")
         }
         found = {k: overlaps(n, image, classes) for k, n in nuclei_nets.items()}
         shown = {radius: middle_disc(radius) for radius in RADII}
         points = {str(r): sampled_from(disc_nets["dcn_v1"], disc) for r, disc in shown.items()}
         fields = {k: field_of(n, shown[RADII[2]]) for k, n in disc_nets.items()}
+        costs = attention_costs(Rng(config.seed + 4))
     metrics: dict[str, float | int | str] = {}
     for kind, net in disc_nets.items():
         metrics[f"{kind}_parameters"] = net.num_parameters()
         metrics[f"{kind}_disc_accuracy"] = float(np.mean(named[kind]))
-        for name, overlap in zip(OVERLAPS, found[kind][0], strict=True):
+        for radius, part in zip(RADII, named[kind], strict=True):
+            metrics[f"{kind}_disc_accuracy_at_{radius:.0f}"] = part
+        for name, overlap in zip(OVERLAPS, found.get(kind, [[]])[0], strict=kind in found):
             metrics[f"{kind}_{name}_overlap"] = overlap
         if kind in moved:
             metrics[f"{kind}_rank_correlation_of_dilation_and_radius"] = moved[kind][1]
@@ -280,6 +318,7 @@ def run(config: DeformableConfig, session: Session) -> Result:
         "dilation": {k: v[0] for k, v in moved.items()},
         "overlap": {k: v[0] for k, v in found.items()},
         "points": points,
+        "costs": costs,
         "fields": {k: v.tolist() for k, v in fields.items()},
     }
     pictures = {
@@ -290,8 +329,8 @@ def run(config: DeformableConfig, session: Session) -> Result:
     }
     return Result(
         headline="; ".join(
-            f"{kind}: discs {metrics[f'{kind}_disc_accuracy']:.2f}, nuclei "
-            f"{metrics[f'{kind}_nucleus_overlap']:.2f}"
+            f"{kind}: discs {metrics[f'{kind}_disc_accuracy']:.2f}"
+            + (f", nuclei {metrics[f'{kind}_nucleus_overlap']:.2f}" if kind in found else "")
             for kind in LAYERS
         ),
         metrics=metrics,

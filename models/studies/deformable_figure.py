@@ -13,25 +13,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"conv": plot.GREY, "dcn_v1": plot.BLUE, "dcn_v2": plot.ORANGE}
-NAMES = {"conv": "plain", "dcn_v1": "deformable", "dcn_v2": "modulated"}
+COLOURS = {
+    "conv": plot.GREY, "dcn_v1": plot.BLUE, "dcn_v2": plot.ORANGE, "attention": plot.GREEN,
+}  # fmt: skip
+NAMES = {"conv": "plain", "dcn_v1": "deformable", "dcn_v2": "modulated", "attention": "attention"}
+
+
+LOOKING = {"conv": "the plain one", "dcn_v1": "the deformable one", "attention": "attention"}
 
 
 def draw(radii: Sequence[float], series: dict[str, Any], pictures: dict[str, Any]) -> Figure:
     """Discs above, receptive fields and nuclei below."""
-    figure, axes = plot.figure(4, 2, size=(16.0, 8.4), width_ratios=(1.0, 1.0, 1.0, 1.0))
+    figure, axes = plot.figure(5, 2, size=(20.0, 8.4))
     draw_lines(axes[0], radii, series["accuracy"], "part of disc pixels named right")
     axes[0].set_ylim(0, 1.05)
     plot.title(axes[0], "How large is the disc?")
     draw_lines(axes[1], radii, series["dilation"], "mean effective dilation, pixels")
     axes[1].set_ylim(0, 1.15 * max(map(max, series["dilation"].values())))
-    plot.title(axes[1], "The grid opens with the disc")
+    plot.title(axes[1], "How far the grid opens")
     draw_points(axes[2], radii, pictures["discs"], series["points"])
     draw_overlaps(axes[3], series["overlap"])
-    for place, kind in zip(axes[4:6], ("conv", "dcn_v1"), strict=True):
-        draw_field(place, series["fields"][kind], radii[2], f"What the {NAMES[kind]} one looks at")
-    draw_tissue(axes[6], pictures["tissue"], pictures["truth"], "Nuclei, by hand")
-    draw_tissue(axes[7], pictures["tissue"], pictures["said"]["dcn_v1"], "Nuclei, deformable")
+    draw_costs(axes[4], series["costs"])
+    for place, kind in zip(axes[5:8], ("conv", "dcn_v1", "attention"), strict=True):
+        draw_field(place, series["fields"][kind], radii[2], f"What {LOOKING[kind]} looks at")
+    draw_tissue(axes[8], pictures["tissue"], pictures["truth"], "Nuclei, by hand")
+    draw_tissue(axes[9], pictures["tissue"], pictures["said"]["dcn_v1"], "Nuclei, deformable")
     return figure
 
 
@@ -93,6 +99,21 @@ def draw_overlaps(axes: Axes, overlaps: dict[str, Any]) -> None:
     plot.title(axes, "Nuclei that were not trained on")
 
 
+def draw_costs(axes: Axes, costs: dict[str, list[tuple[int, float]]]) -> None:
+    """Time over the number of pixels, both logarithmic."""
+    for (name, rows), colour in zip(costs.items(), (plot.GREEN, plot.BLACK), strict=True):
+        pixels, times = zip(*rows, strict=True)
+        axes.plot(pixels, times, "o-", color=colour)
+        axes.annotate(name, (1.0, times[-1]), (6, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", color=colour, va="center",
+                      fontsize=plot.SIZE - 2)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("pixels, all of them queries")
+    axes.set_ylabel("forward pass, ms")
+    plot.title(axes, "What attention costs")
+
+
 def draw_field(axes: Axes, field: Any, radius: float, text: str) -> None:
     """The effective receptive field of the middle pixel, square root for the eye, and the disc."""
     from matplotlib.patches import Circle
@@ -120,12 +141,13 @@ def draw_tissue(axes: Axes, tissue: Any, classes: Any, text: str) -> None:
 CAPTION = """Above, from the left: the part of the pixels of discs whose radius (± 0.6) is named \
 right by networks of five layers, of which the third and fourth are plain ({conv_parameters:,} \
 parameters), deformable ({dcn_v1_parameters:,}) or modulated deformable convolutions \
-({dcn_v2_parameters:,}), after {steps} steps of Adam on noisy discs; {test_discs} discs of each \
-radius. The mean distance of neighbouring places that the fourth layer reads, over the pixels of \
-those discs. The nine places that it reads for the middle pixel of four discs without noise \
-(deformable). Intersection over union of nuclei, their insides, and their edges (two \
-pixels wide) in the last 128 columns of the micrograph, which no network was trained on, after \
-{nuclei_steps} steps on the others. Below: the \
+({dcn_v2_parameters:,}), or deformable attention ({attention_parameters:,}), after {steps} steps \
+of Adam on noisy discs; {test_discs} discs of each radius. The mean distance of neighbouring \
+places that the fourth layer reads, over the pixels of those discs. The nine places that it reads \
+for the middle pixel of four discs without noise (deformable). Intersection over union of nuclei, \
+their insides, and their edges (two pixels wide) in the last 128 columns of the micrograph, which \
+no network was trained on, after {nuclei_steps} steps on the others. One forward pass of \
+attention over all pixels, 32 channels: four points each, or softmax over all pixels. Below: the \
 length of the gradient of what is said about the middle pixel by the pixels of the image (root, \
 largest black) for a disc of radius 6 (circle); and a square of the held-out columns, with the \
 edges of nuclei as they were drawn by hand and as the deformable network finds them."""

@@ -105,7 +105,11 @@ def test_the_networks_start_as_the_same_convolution_and_the_plain_one_is_no_smal
     xp: Any,
 ) -> None:
     image = Rng(0).normal((2, 1, 12, 12))
-    nets = {kind: PixelNet(kind, 1, 4, 6, Rng(5)) for kind in LAYERS}
+    nets = {kind: PixelNet(kind, 1, 4, 8, Rng(5)) for kind in LAYERS}
+    attention = nets.pop("attention")
+    assert attention(image).shape == (2, 4, 12, 12)
+    with pytest.raises(ValueError, match="no grid"):
+        attention.offsets(image)
     state = nets["conv"].state_dict()
     for net in nets.values():
         net.load_state_dict(state, strict=False)
@@ -155,7 +159,10 @@ def test_deformable_layers_learn_what_plain_ones_cannot_see(xp: Any, tmp_path: P
 
 def test_a_run_has_all_its_parts(xp: Any, tmp_path: Path) -> None:
     result = study.run(TINY, Session("deformable", tmp_path))
-    assert len(result.figure.axes) == 8
+    assert len(result.figure.axes) == 10
     assert {*result.series["accuracy"]} == {*LAYERS}
     assert all(0 <= v <= 1 for overlaps in result.series["overlap"].values() for v in overlaps)
+    assert {*result.series["overlap"]} == {*study.CONVOLUTIONS}
+    pixels = [n for n, _ in result.series["costs"]["softmax"]]
+    assert pixels == [n for n, _ in result.series["costs"]["deformable"]] == sorted(pixels)
     assert {*result.series["dilation"]} == {"dcn_v1", "dcn_v2"}

@@ -304,13 +304,13 @@ def test_layers_begin_as_their_plain_forms(xp: Any) -> None:
     assert_close(sensitive(x, features, boxes), deform_ps_roi_pool(x, boxes, None, 2))
     shapes = {k: a.shape for k, a in sensitive.state_dict().items()}
     assert shapes == {"offset_conv.weight": (24, 5, 1, 1), "offset_conv.bias": (24,)}
-    assert layer.fc3.weight.shape == (12, 8)
-    assert not host(layer.fc3.weight).any() and not host(layer.fc2.bias).any()
+    assert layer.offset_fc3.weight.shape == (12, 8)
+    assert not host(layer.offset_fc3.weight).any() and not host(layer.offset_fc2.bias).any()
 
 
 def test_the_branch_of_v2_is_drawn_with_deviation_a_hundredth(xp: Any) -> None:
     layer = ModulatedDeformRoIPool(3, 3, hidden=128, rng=Rng(0))
-    for weight in (layer.fc1.weight, layer.fc2.weight):
+    for weight in (layer.offset_fc1.weight, layer.offset_fc2.weight):
         drawn = host(weight).astype("float64")
         # the variance of n numbers deviates by √(2 / n): five of it is one in 1.7 million
         assert abs(drawn.var() / 1e-4 - 1.0) < 5.0 * math.sqrt(2.0 / drawn.size)
