@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from mini_nn import Rng, Tensor, backend, default_rng
 from mini_nn.backend import Array
 from mini_nn.decoding.processors import (  # noqa: F401 - the filters, under the name they had
+    Warper,
     filter_logits,
     min_p_filter,
     top_k_filter,
@@ -87,6 +89,26 @@ class LayerCache:
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def gather(self, positions: Array, start: int) -> None:
+        """Put what is at ``positions``, (n,) or (b, n), to ``start`` and the places after it."""
+        self.length = start + positions.shape[-1]
+        for x in (self.keys, self.values):
+            if positions.ndim == 1:
+                x[:, :, start : self.length] = x[:, :, positions]
+            else:
+                taken = backend.of(x).take_along_axis(x, positions[:, None, :, None], axis=2)
+                x[:, :, start : self.length] = taken
+
+    def copy(self, capacity: int, rows: Array = None) -> LayerCache:
+        """Another one with this capacity, of the same positions; of these rows of the batch."""
+        made = LayerCache(capacity)
+        made.length = self.length
+        if self.keys is not None:
+            made.keys, made.values = (
+                _copy(x, capacity, self.length, 2, rows) for x in (self.keys, self.values)
+            )
+        return made
+
 
 class KVCache:
     """What attention has seen so far: a ``LayerCache`` for each layer, and which tokens were pads.
@@ -113,6 +135,76 @@ class KVCache:
         for layer in self.layers:
             layer.length = min(layer.length, length)
 
+    def select(self, positions: Sequence[int] | Sequence[Sequence[int]]) -> None:
+        """Keep these positions only, in this order: a tree's accepted path, a row without its gaps.
+
+        A layer that holds fewer positions keeps those of them that it has.
+
+        Args:
+            positions: (n,) host integers, increasing, for all rows; or (b, n) integers, for each
+                row its own, where each layer holds all of them.
+
+        Raises:
+            ValueError: there is no such position, or they do not increase.
+        """
+        if len(positions) and isinstance(positions[0], Sequence):
+            self._select_by_row(positions)  # type: ignore[arg-type]
+            return
+        kept: list[int] = [*positions]
+        rising = all(a < b for a, b in pairwise(kept))
+        if kept and not (rising and kept[0] >= 0 and kept[-1] < self.length):
+            raise ValueError(
+                f"select takes increasing positions from 0 to {self.length - 1}, got {kept}"
+            )
+        # what stays where it is is not moved: all but a few, as a rule
+        start = next((i for i, position in enumerate(kept) if position != i), len(kept))
+        for layer in self.layers:
+            moved = [position for position in kept[start:] if position < layer.length]
+            if moved:
+                layer.gather(backend.of(layer.keys).asarray(moved), start)
+            layer.length = min(layer.length, start + len(moved))
+        if self.real is not None and start < len(kept):
+            moved = backend.of(self.real).asarray(kept[start:])
+            self.real[:, start : len(kept)] = self.real[:, moved]
+
+    def _select_by_row(self, positions: Sequence[Sequence[int]]) -> None:
+        count = len(positions[0])
+        flat = [position for row in positions for position in row]
+        if len(flat) != count * len(positions) or any(not 0 <= x < self.length for x in flat):
+            raise ValueError(
+                f"select takes rows of as many positions from 0 to {self.length - 1}, got "
+                f"{[*map(list, positions)]}"
+            )
+        places = backend.of(self.layers[0].keys).asarray([*map(list, positions)])
+        for layer in self.layers:
+            layer.gather(places, 0)
+        if self.real is not None:
+            taken = backend.of(self.real).take_along_axis(self.real, places, axis=1)
+            self.real[:, :count] = taken
+
+    def fork(self, rows: Sequence[int] | None = None) -> KVCache:
+        """A copy that goes on by itself; of these rows of the batch, in this order.
+
+        ``fork([0, 0, 0])`` continues the first text in three ways, and ``fork()`` is what to go
+        back to where ``truncate`` cannot.
+        """
+        return self._copy(self.layers[0].capacity, rows)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many positions; what is there stays, and nothing shrinks."""
+        if capacity > self.layers[0].capacity:
+            larger = self._copy(capacity, None)
+            self.layers, self.real = larger.layers, larger.real
+
+    def _copy(self, capacity: int, rows: Sequence[int] | None) -> KVCache:
+        filled = self.layers[0].keys
+        chosen = None if rows is None or filled is None else backend.of(filled).asarray([*rows])
+        made = KVCache(0, capacity)
+        made.layers = [layer.copy(capacity, chosen) for layer in self.layers]
+        if self.real is not None:
+            made.real = _copy(self.real, capacity, self.length, 1, chosen)
+        return made
+
     def note(self, attention_mask: Array | None, batch: int, count: int) -> Array | None:
         """Write down which of the next ``count`` tokens are no pads; those of all until then.
 
@@ -135,6 +227,15 @@ class KVCache:
             self.real = xp.ones((batch, self.layers[0].capacity), "bool")
         self.real[:, start:stop] = True if attention_mask is None else attention_mask
         return self.real[:, :stop]
+
+
+def _copy(x: Array, capacity: int, length: int, axis: int, rows: Array) -> Array:
+    """The first ``length`` places along ``axis`` of these rows, with room for ``capacity``."""
+    held = (*(slice(None),) * axis, slice(0, length))
+    source = x[held] if rows is None else x[held][rows]
+    made = backend.of(x).empty((*source.shape[:axis], capacity, *source.shape[axis + 1 :]), x.dtype)
+    made[held] = source
+    return made
 
 
 def on_arrays(module: M) -> M:
@@ -182,6 +283,8 @@ class GenerationMixin:
         pad_token_id: int | None = None,
         attention_mask: Any = None,
         rng: Rng | None = None,
+        draft: Any = None,
+        draft_tokens: Any = 4,
     ) -> Tensor:
         """Continue each row of ``ids``; the result starts with the prompt.
 
@@ -204,6 +307,10 @@ class GenerationMixin:
                 first EOS token.  It may lie outside the vocabulary, such as −1 where that is bytes.
             attention_mask: (b, t), 0 or False where ``ids`` is padding.
             rng: where to draw from; None for ``default_rng()``.
+            draft: speculative decoding, which needs fewer passes of this model: a GPT with the same
+                vocabulary, or a ``mini_nn.decoding.draft.Draft``; or one for each row.  Greedy
+                texts are the same, sampled ones have the same law.
+            draft_tokens: how many to draft per pass, or a policy; see ``draft_length``.
 
         Returns:
             (b, t + n) int64, n ≤ ``max_new_tokens``: it stops early when every row has ended.
@@ -230,6 +337,19 @@ class GenerationMixin:
         real = _as_mask(attention_mask, prompt, None if pad_token_id in ends else pad_token_id)
         pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
         rng = rng or default_rng()
+        if draft is not None and max_new_tokens:
+            from .speculative import speculative_generate
+
+            warper = Warper(temperature, top_k, top_p, min_p)
+            kept = prompt.tolist() if real is None else _without_pads(prompt, real)
+            found = speculative_generate(
+                self, draft, kept, max_new_tokens, count=draft_tokens, warper=warper, eos=ends,
+                rng=rng,
+            )  # fmt: skip
+            new = [text[len(row) :] for text, row in zip(found.texts, kept, strict=True)]
+            longest = max(map(len, new))
+            tail = xp.asarray([row + [pad] * (longest - len(row)) for row in new], dtype="int64")
+            return Tensor(xp.concatenate([prompt, tail], axis=1))
 
         model = on_arrays(self)  # type: ignore[type-var]
         cache = model.new_cache(stop)
@@ -270,6 +390,12 @@ def as_ids(ids: Any, like: Array) -> Array:
     if array.dtype.kind not in "iu":
         raise TypeError(f"ids are integers, got {array.dtype}: convert with astype('int64')")
     return array.astype("int64", copy=False)
+
+
+def _without_pads(ids: Array, real: Array) -> list[list[int]]:
+    """The rows as lists of their own lengths."""
+    rows = zip(ids.tolist(), real.tolist(), strict=True)
+    return [[x for x, is_token in zip(*row, strict=True) if is_token] for row in rows]
 
 
 def at_home(x: Any, like: Array) -> Array:

@@ -7,8 +7,8 @@ inputs.  Names and layouts follow Hugging Face's ``GPT2LMHeadModel``.
 ======================================  =====================================================
 x₀ = E[ids] + P[0 … t−1]                ``Transformer``: wte, wpe
 x ← x + A(LN₁(x))                       ``Block``, ``CausalSelfAttention``, ``pre_norm``
-x ← x + W₂ gelu(W₁ LN₂(x))              ``MLP``
-logits = LN_f(x) Eᵀ                     ``Unembedding``, tied to E
+x ← x + W₂ gelu(W₁ LN₂(x))              ``gpt_layers.MLP``
+logits = LN_f(x) Eᵀ                     ``gpt_layers.Unembedding``, tied to E
 N(0, 0.02), branches' ends / √(2N)      the layers' constructors, N = n_layer
 ======================================  =====================================================
 
@@ -22,207 +22,28 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from mini_nn import Rng, Tensor, backend, io, nn, ops
 from mini_nn.backend import Array
-from mini_nn.engine import data_of, primitive
+from mini_nn.engine import data_of
 from mini_nn.nn import Module, Parameter
 from mini_nn.nn.residual import Residual, pre_norm
 
 from .generation import GenerationMixin, KVCache, LayerCache, as_ids, at_home, on_arrays
+from .gpt_config import ACTIVATIONS, SIZES, SUPPORTED, GPTConfig, gelu_new
+from .gpt_layers import MLP, Conv1D, DroppedAttention, Unembedding, split_heads
+
+__all__ = [
+    "ACTIVATIONS", "GPT", "MLP", "SIZES", "SUPPORTED", "Attention", "Block", "CausalSelfAttention",
+    "Conv1D", "DroppedAttention", "GPTConfig", "Transformer", "Unembedding", "gelu_new",
+    "split_heads", "visible",
+]  # fmt: skip
 
 Attention = Callable[..., Any]
 """``attention(query, key, value, is_causal=…)`` or ``attn_mask=…``: see ``CausalSelfAttention``."""
-
-
-def gelu_new(x: Any) -> Any:
-    """The tanh approximation of GELU, under Hugging Face's name."""
-    return ops.gelu(x, "tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
-    "gelu": ops.gelu,
-    "relu": ops.relu,
-    "silu": ops.silu,
-    "swish": ops.silu,
-}
-
-SUPPORTED = {
-    "model_type": "gpt2",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-"""Options of Hugging Face's GPT2Config that change what is computed, with the value we compute."""
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The sizes and options of a GPT, under Hugging Face's names.
-
-    Args:
-        vocab_size: the number of tokens; 256 is that of bytes.
-        n_positions: the longest context.
-        n_embd: width of the residual stream.
-        n_layer: number of blocks.
-        n_head: number of heads, a divisor of ``n_embd``.
-        n_inner: width of the MLP; None for 4 ``n_embd``.
-        activation_function: one of ``ACTIVATIONS``.
-        resid_pdrop, embd_pdrop, attn_pdrop: dropout after a branch, after the embeddings, on the
-            attention weights.
-        layer_norm_epsilon: added to the variance.
-        initializer_range: standard deviation of the initial weights.
-        tie_word_embeddings: whether the output layer is the transposed embedding.
-        bos_token_id: stored only.
-        eos_token_id: the token, or tokens, at which ``generate`` ends a row.
-
-    Raises:
-        ValueError: a size is below 1, the heads do not divide the width, an unknown activation.
-    """
-
-    vocab_size: int = 256
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.0
-    embd_pdrop: float = 0.0
-    attn_pdrop: float = 0.0
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "inner"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd is divided among the heads, but {self.n_embd} is no multiple of "
-                f"n_head = {self.n_head}"
-            )
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function is one of {', '.join(ACTIVATIONS)}, got "
-                f"{self.activation_function!r}"
-            )
-
-    @property
-    def inner(self) -> int:
-        """The width of the MLP."""
-        return 4 * self.n_embd if self.n_inner is None else self.n_inner
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of trained numbers, tied ones once; GPT-2 small has 124,439,808."""
-        d, m = self.n_embd, self.inner
-        block = 2 * 2 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * m + (m + 1) * d
-        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + self.n_positions
-        return tables * d + self.n_layer * block + 2 * d
-
-    @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> GPTConfig:
-        """From what ``config.json`` holds; keys that do not change the computation are ignored.
-
-        Raises:
-            ValueError: a size is missing, or an option that is not supported is on.
-        """
-        missing = [name for name in SIZES if name not in options]
-        if missing:
-            raise ValueError(f"the config lacks {', '.join(missing)}: it is not that of a GPT-2")
-        for name, needed in SUPPORTED.items():
-            if options.get(name, needed) != needed:
-                raise ValueError(
-                    f"the config says {name} = {options[name]!r}, but only {needed!r} is supported"
-                )
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in options.items() if name in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds, so that Hugging Face reads it too."""
-        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(self)}
-
-
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-
-
-class Conv1D(Module):
-    """x W + b with W (in, out): a linear layer in the layout of GPT-2's checkpoints.
-
-    Args:
-        inputs, outputs: the widths.
-        std: standard deviation of the initial weights; the bias starts at 0.
-        rng: where they are drawn from.
-    """
-
-    def __init__(self, inputs: int, outputs: int, std: float, rng: Rng) -> None:
-        self.weight = Parameter(rng.normal((inputs, outputs), std=std))
-        self.bias = Parameter(ops.zeros((outputs,)))
-
-    def forward(self, x: Any) -> Any:
-        """(…, in) to (…, out)."""
-        return ops.addmm(self.bias, x, self.weight)
-
-
-class Unembedding(Module):
-    """Logits x Wᵀ; ``weight`` (vocab, d) may be the embedding's Parameter: they are tied then."""
-
-    def __init__(self, weight: Parameter) -> None:
-        self.weight = weight
-
-    def forward(self, x: Any) -> Any:
-        """(…, d) to (…, vocab)."""
-        return ops.linear(x, self.weight)
-
-
-class DroppedAttention(Module):
-    """Softmax attention with dropout on its weights while training.
-
-    The weights are what attention returns for the unit matrix as values.
-    """
-
-    def __init__(self, p: float, rng: Rng) -> None:
-        self.dropout = nn.Dropout(p, rng=rng)
-
-    def forward(
-        self, query: Any, key: Any, value: Any, attn_mask: Any = None, is_causal: bool = False
-    ) -> Any:
-        """As ``ops.scaled_dot_product_attention``."""
-        attend = ops.scaled_dot_product_attention
-        if not self.training:
-            return attend(query, key, value, attn_mask, is_causal)
-        data = data_of(key)
-        unit = backend.of(data).eye(key.shape[-2], dtype=data.dtype)
-        unit = backend.of(data).broadcast_to(unit, (*key.shape[:-2], *unit.shape))
-        return ops.matmul(self.dropout(attend(query, key, unit, attn_mask, is_causal)), value)
-
-
-@primitive
-def split_heads(x: Any, heads: int) -> Any:
-    """Queries, keys and values side by side, (b, t, 3d), as three views (b, heads, t, d/heads).
-
-    One entry on the tape and one copy in the backward pass, where split, reshape and swapaxes make
-    seven and three.
-    """
-    b, t, width = x.shape
-    return tuple(x.reshape(b, t, 3, heads, width // (3 * heads)).transpose(2, 0, 3, 1, 4))
-
-
-def _split_heads_rule(g: Any, like: Any) -> Any:
-    return ops.stack([part.swapaxes(1, 2) for part in g], axis=2).reshape(like.shape)
-
-
-split_heads.derivative(x=_split_heads_rule)
 
 
 class CausalSelfAttention(Module):
@@ -258,21 +79,6 @@ class CausalSelfAttention(Module):
         else:
             y = self.attention(query, key, value, attn_mask=mask)
         return self.resid_dropout(self.c_proj(y.swapaxes(1, 2).reshape(b, t, d)))
-
-
-class MLP(Module):
-    """W₂ f(W₁ x + b₁) + b₂ with f the config's activation."""
-
-    def __init__(self, config: GPTConfig, rng: Rng) -> None:
-        std = config.initializer_range
-        self.c_fc = Conv1D(config.n_embd, config.inner, std, rng)
-        self.c_proj = Conv1D(config.inner, config.n_embd, std / math.sqrt(2 * config.n_layer), rng)
-        self.act = ACTIVATIONS[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop, rng=rng)
-
-    def forward(self, x: Any) -> Any:
-        """(…, d) to (…, d)."""
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(Module):
@@ -332,12 +138,37 @@ class Transformer(Module):
         self.h = nn.ModuleList(blocks)
         self.ln_f = norm() if norm else nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
-    def forward(self, ids: Array, attention_mask: Any = None, cache: KVCache | None = None) -> Any:
+    def forward(
+        self,
+        ids: Array,
+        attention_mask: Any = None,
+        cache: KVCache | None = None,
+        positions: Any = None,
+        mask: Any = None,
+    ) -> Any:
         """(b, t) integers to (b, t, d); the arguments are those of ``GPT.forward``."""
+        x, mask = self.embed(ids, attention_mask, cache, positions, mask)
+        layers = [None] * len(self.h) if cache is None else cache.layers
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, mask, layer)
+        return self.ln_f(x)
+
+    def embed(
+        self,
+        ids: Array,
+        attention_mask: Any = None,
+        cache: KVCache | None = None,
+        positions: Any = None,
+        mask: Any = None,
+    ) -> tuple[Any, Any]:
+        """What the first block gets, (b, t, d), and the mask of all blocks; see ``visible``.
+
+        The cache is told of the new tokens, so its layers have to be given them next.
+        """
         batch, count = ids.shape
         start = 0 if cache is None else cache.length
         stop, longest = start + count, self.wpe.weight.shape[0]
-        if stop > longest:
+        if positions is None and stop > longest:
             raise ValueError(
                 f"{stop} tokens do not fit into the {longest} positions of this model: pass only "
                 f"the last {longest}"
@@ -345,31 +176,38 @@ class Transformer(Module):
         if attention_mask is not None:  # a pad may be a number outside the vocabulary
             ids = ops.where(attention_mask, ids, 0)
         real = attention_mask if cache is None else cache.note(attention_mask, batch, count)
-        if real is None:
-            positions = self.wpe.weight[start:stop]
+        if positions is not None:
+            places = self.wpe(positions)
+        elif real is None:
+            places = self.wpe.weight[start:stop]
         else:  # pads do not count; that of a pad itself is never looked at
             seen = real.astype("int64").cumsum(axis=1)[:, start:]
-            positions = self.wpe(ops.maximum(seen - 1, 0))
-        x = self.drop(self.wte(ids) + positions)
-        mask = visible(ids, start, real)
-        layers = [None] * len(self.h) if cache is None else cache.layers
-        for block, layer in zip(self.h, layers, strict=True):
-            x = block(x, mask, layer)
-        return self.ln_f(x)
+            places = self.wpe(ops.maximum(seen - 1, 0))
+        x = self.drop(self.wte(ids) + places)
+        return x, visible(ids, start, real, mask)
 
 
-def visible(ids: Array, start: int, real: Array | None) -> Array | None:
+def visible(ids: Array, start: int, real: Array | None, mask: Array | None = None) -> Array | None:
     """Which keys (b or nothing, 1 or nothing, t, start + t) each new token may look at.
 
     None says all that are earlier, where attention can do that by itself: no pads, and the first
-    token is the first of all or the only new one.
+    token is the first of all or the only new one.  ``mask``, (t, start + t) or (b, t, start + t),
+    is looked at instead of the order of the tokens.
     """
     count = ids.shape[1]
-    if real is None and (start == 0 or count == 1):
+    if mask is not None:
+        if mask.ndim not in (2, 3) or mask.shape[-2:] != (count, start + count):
+            raise ValueError(
+                f"mask says for {count} new tokens which of all {start + count} each may look at, "
+                f"({count}, {start + count}) or (b, {count}, {start + count}), got {mask.shape}"
+            )
+        allowed = mask if mask.ndim == 2 else mask[:, None]
+    elif real is None and (start == 0 or count == 1):
         return None
-    places = backend.of(ids).arange(start + count)
-    earlier = places[start:, None] >= places
-    return earlier if real is None else earlier & real[:, None, None, :]
+    else:
+        places = backend.of(ids).arange(start + count)
+        allowed = places[start:, None] >= places
+    return allowed if real is None else allowed & real[:, None, None, :]
 
 
 class GPT(GenerationMixin, Module):
@@ -405,7 +243,14 @@ class GPT(GenerationMixin, Module):
             table = Parameter(rng.normal(table.shape, std=config.initializer_range))
         self.lm_head = Unembedding(table)
 
-    def forward(self, ids: Any, attention_mask: Any = None, cache: KVCache | None = None) -> Any:
+    def forward(
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        cache: KVCache | None = None,
+        positions: Any = None,
+        mask: Any = None,
+    ) -> Any:
         """The logits of the token after each of ``ids``.
 
         Args:
@@ -414,13 +259,17 @@ class GPT(GenerationMixin, Module):
                 position and is not looked at.  What comes out there means nothing.
             cache: from ``new_cache``; ``ids`` then continue what it holds, and are added to it.
                 The result then has no history, and dropout is off.
+            positions: (t,) or (b, t) integers in place of 0 … t − 1, or of what continues the
+                cache: those of a tree's nodes, of which several may have the same.
+            mask: (t, s + t) or (b, t, s + t), with s tokens in the cache: what each of ``ids`` may
+                look at, in place of all that is earlier: a tree's ancestors.
 
         Returns:
             (b, t, vocab_size).
 
         Raises:
             TypeError: ``ids`` are not integers.
-            IndexError: a token is out of range.
+            IndexError: a token, or one of ``positions``, is out of range (on a GPU: nan instead).
             ValueError: the shapes do not fit, or the context is longer than ``n_positions``.
         """
         numbers = as_ids(ids, data_of(self.transformer.wte.weight))
@@ -431,10 +280,15 @@ class GPT(GenerationMixin, Module):
                     f"attention_mask has the shape of ids, {numbers.shape}, got "
                     f"{attention_mask.shape}"
                 )
+        if positions is not None:
+            positions = at_home(positions, numbers)
+        if mask is not None:
+            mask = at_home(mask, numbers) != 0
         if cache is None:
-            return self.lm_head(self.transformer(numbers, attention_mask))
+            return self.lm_head(self.transformer(numbers, attention_mask, None, positions, mask))
         view = on_arrays(self)
-        return Tensor(view.lm_head(view.transformer(numbers, attention_mask, cache)))
+        hidden = view.transformer(numbers, attention_mask, cache, positions, mask)
+        return Tensor(view.lm_head(hidden))
 
     def next_logits(self, ids: Array, attention_mask: Any, cache: KVCache | None) -> Any:
         """The logits (b, vocab_size) after the last of ``ids`` only, checked by the caller."""

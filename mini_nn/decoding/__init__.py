@@ -1,5 +1,28 @@
 """Decoding: drafts of several tokens, verified in one call without changing the law of the text."""
 
+from .cascade import Fallback, Rollback, Router, StagedDraft, Timed, pearl
+from .draft import (
+    Draft,
+    NGramDraft,
+    NGramModel,
+    NoDraft,
+    PromptLookup,
+    Proposal,
+    Rows,
+    draw_chain,
+)
+from .jacobi import (
+    JacobiRun,
+    Lookahead,
+    NGramPool,
+    TreeRows,
+    Window,
+    jacobi_decode,
+    jacobi_iterate,
+    lookahead_decode,
+    rows_by_paths,
+    tree_laws,
+)
 from .multi import (
     Choice,
     NodeRule,
@@ -24,6 +47,7 @@ from .processors import (
     top_k_filter,
     top_p_filter,
 )
+from .retrieval import Datastore, RetrievalDraft, suffix_array
 from .sequoia import (
     TreeShape,
     TreeSpeed,
@@ -64,15 +88,19 @@ from .verify import (
 )
 
 __all__ = [
-    "Acceptance", "Choice", "GumbelCoupled", "Lenient", "NodeRule", "Relaxed", "RngSource",
-    "Rule", "Source", "TokenTree", "TreeShape", "TreeSpeed", "Verdict", "Warper", "accept",
-    "acceptance", "best_gamma", "best_tree", "best_tree_size", "block_verification",
-    "coupling_bounds", "deterministic", "deterministic_children", "draw_iid",
-    "draw_without_replacement", "expected_tokens", "expected_tokens_chain",
-    "expected_tokens_tree", "filter_logits", "greedy", "greedy_children", "gumbel_match",
-    "gumbel_token", "k_seq", "k_seq_rho", "laws", "match_children", "min_p_filter", "multi_step",
-    "no_repeat_ngram", "one_hot", "operations", "optimal_acceptance", "positional_acceptance",
-    "product_choices", "ratio", "repetition_penalty", "residual", "sample_match",
-    "speculative_sampling", "speedup", "top_children", "top_k_filter", "top_p_filter",
+    "Acceptance", "Choice", "Datastore", "Draft", "Fallback", "GumbelCoupled", "JacobiRun",
+    "Lenient", "Lookahead", "NGramDraft", "NGramModel", "NGramPool", "NoDraft", "NodeRule",
+    "PromptLookup", "Proposal", "Relaxed", "RetrievalDraft", "RngSource", "Rollback", "Router",
+    "Rows", "Rule", "Source", "StagedDraft", "Timed", "TokenTree", "TreeRows", "TreeShape",
+    "TreeSpeed", "Verdict", "Warper", "Window", "accept", "acceptance", "best_gamma",
+    "best_tree", "best_tree_size", "block_verification", "coupling_bounds", "deterministic",
+    "deterministic_children", "draw_chain", "draw_iid", "draw_without_replacement",
+    "expected_tokens", "expected_tokens_chain", "expected_tokens_tree", "filter_logits",
+    "greedy", "greedy_children", "gumbel_match", "gumbel_token", "jacobi_decode",
+    "jacobi_iterate", "k_seq", "k_seq_rho", "laws", "lookahead_decode", "match_children",
+    "min_p_filter", "multi_step", "no_repeat_ngram", "one_hot", "operations",
+    "optimal_acceptance", "pearl", "positional_acceptance", "product_choices", "ratio",
+    "repetition_penalty", "residual", "rows_by_paths", "sample_match", "speculative_sampling",
+    "speedup", "suffix_array", "top_children", "top_k_filter", "top_p_filter", "tree_laws",
     "verify_tree", "verify_tree_greedily", "without_replacement",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .workloads import PACKAGES, WORKLOADS, Workload
+from .workloads import FIGURES, OURS, PACKAGES, WORKLOADS, Workload
 
 
 @dataclass
@@ -80,7 +80,15 @@ class Worker:
 
 def compare(workload: Workload, peer: str, threads: int, rounds: int) -> Row:
     """Measure ours and one peer in turn."""
-    package = PACKAGES.get(peer, peer)
+    if peer in FIGURES:
+        worker = Worker(workload.name, peer, threads)
+        try:
+            figures = [worker.measure() for _ in range(rounds + workload.warmup)]
+        finally:
+            worker.close()
+        figure = statistics.median(figures[workload.warmup :])
+        return Row(workload.name, peer, threads, figure, figure, 1.0, "share")
+    package = "mini_nn" if peer in OURS else PACKAGES.get(peer, peer)
     if importlib.util.find_spec(package) is None:
         missing = f"{package} is not installed"
         return Row(workload.name, peer, threads, None, None, None, workload.unit, missing)
@@ -111,10 +119,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _show(row: Row) -> str:
     if row.ratio is None:
-        return f"{row.workload:24} {row.peer:11} {row.threads:7}  {row.note}"
+        return f"{row.workload:24} {row.peer:13} {row.threads:7}  {row.note}"
     assert row.ours is not None and row.theirs is not None
     sides = f"{row.ours:12.4g} {row.theirs:12.4g} {row.unit}"
-    return f"{row.workload:24} {row.peer:11} {row.threads:7} {row.ratio:8.3f} {sides}"
+    return f"{row.workload:24} {row.peer:13} {row.threads:7} {row.ratio:8.3f} {sides}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parse(argv)
     if not arguments.json:
         print(
-            f"{'workload':24} {'peer':11} {'threads':>7} {'ratio':>8} {'ours':>12} {'theirs':>12}"
+            f"{'workload':24} {'peer':13} {'threads':>7} {'ratio':>8} {'ours':>12} {'theirs':>12}"
         )
     for name in arguments.names or WORKLOADS:
         workload = WORKLOADS[name]

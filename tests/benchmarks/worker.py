@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from .workloads import ON_TORCH, WORKLOADS
+from .workloads import FIGURES, ON_TORCH, OURS, WORKLOADS
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(int(threads))
-    elif implementation == "mini_nn":
+    elif implementation in ("mini_nn", *OURS, *FIGURES):
         import mini_nn
 
         mini_nn.tune_allocator()

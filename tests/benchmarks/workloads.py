@@ -11,6 +11,12 @@ ALL = ("torch", "autograd", "mygrad")
 PACKAGES = {"grid_sample": "torch"}
 """What has to be installed for a peer that is not called like a package."""
 
+OURS = ("cached_decode",)
+"""Peers that are other ways to do it with our own code."""
+
+FIGURES = ("overhead",)
+"""Peers that are none: the figure itself, a share, stands where the ratio does."""
+
 ON_TORCH = ("torch", "torchvision", "grid_sample")
 """Peers whose threads are torch's."""
 
@@ -52,6 +58,7 @@ _LIST = [
     Workload("conv2d_depthwise", "convolution", ("torch",), rounds=25),
     Workload("deform_conv2d", "deform_conv", ("torchvision", "grid_sample"), rounds=15),
     Workload("deformable_attention", "deformable_attention", ("grid_sample",), rounds=9),
+    Workload("speculative", "speculative", ("cached_decode", "overhead"), rounds=9),
     Workload("primitives", "primitives", ("torch",), rounds=9),
     *(Workload(f"primitives.{p}", "primitives", ("torch",), rounds=9) for p in PRIMITIVES),
     Workload("op_overhead", "overhead", ALL, unit="us", rounds=25, threads=(1,)),

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from mini_nn import Rng, Tensor, default_rng, io, nn
+from mini_nn.decoding import TokenTree
+from mini_nn.decoding.draft import PromptLookup, Proposal
 from models.generation import (
     KVCache,
     filter_logits,
@@ -180,6 +182,143 @@ def test_a_cache_refuses_what_does_not_belong_into_it(xp: Any) -> None:
     cache = model.new_cache(20)
     with pytest.raises(ValueError, match="13 tokens do not fit into the 12 positions"):
         model([[1] * 13], cache=cache)
+
+
+@given(seed=st.integers(0, 10_000), kept=st.sets(st.integers(0, 6)), padded=st.booleans())
+def test_selected_positions_are_as_if_the_others_had_been_hidden(
+    xp: Any, seed: int, kept: set[int], padded: bool
+) -> None:
+    model = lively(seed)
+    ids, mask = left_padded(xp, prompts(seed, 2, 7), [0, 3])
+    cache = model.new_cache(12)
+    model(ids, mask if padded else None, cache)
+    whole = cache.fork()
+    cache.select(sorted(kept))
+    assert cache.length == len(kept) and whole.length == 7
+    hidden = np.asarray([[[at in kept or at >= 7 for at in range(9)]] * 2] * 2)
+    hidden[:, 0, 8] = False  # the first of the two new ones does not see the second
+    if padded:
+        hidden[:, :, :7] &= host(mask)[:, None, :] != 0
+    more, places = prompts(seed + 1, 2, 2), [7, 8]
+    wanted = model(more, cache=whole, positions=places, mask=hidden)
+    # the cache knows by itself which of the selected positions are pads
+    assert_close(model(more, cache=cache, positions=places), wanted, 1e-9, 1e-9)
+
+
+def test_each_row_may_select_its_own_positions(xp: Any) -> None:
+    model, ids = lively(0), prompts(0, 2, 6)
+    ids, mask = left_padded(xp, ids, [0, 2])
+    cache = model.new_cache(8)
+    model(ids, mask, cache)
+    # row 0 keeps 0, 1, 4; row 1 keeps its first two tokens, with a pad on their left
+    cache.select([[0, 1, 4], [0, 2, 3]])
+    assert cache.length == 3
+    assert host(cache.real)[:, :3].tolist() == [[True] * 3, [False, True, True]]
+    again = model([[9], [9]], cache=cache)
+    rows = host(ids).tolist()
+    assert_close(again[1, 0], model([[*rows[1][2:4], 9]])[0, -1], 1e-9, 1e-9)
+    fresh = model.new_cache(8)
+    model(ids, mask, fresh)
+    sees = [[True, True, False, False, True, False, True]]
+    wanted = model([[9], [9]], cache=fresh, positions=[3], mask=sees)
+    assert_close(again[0], wanted[0], 1e-9, 1e-9)
+
+
+def test_a_layer_selects_what_it_has(xp: Any) -> None:
+    cache = KVCache(2, 8)
+    key = Rng(0).normal((1, 2, 6, 4))
+    cache.layers[0].append(key, key)
+    cache.layers[1].append(key[:, :, :3], key[:, :, :3])
+    cache.select([0, 2, 4])
+    assert [layer.length for layer in cache.layers] == [3, 2]
+    assert_close(cache.layers[0].keys[:, :, :3], host(key)[:, :, [0, 2, 4]], 0, 0)
+    assert_close(cache.layers[1].values[:, :, :2], host(key)[:, :, [0, 2]], 0, 0)
+    cache.select([])
+    assert cache.length == 0
+    for positions in ([0], [1, 0], [-1]):
+        with pytest.raises(ValueError, match="increasing positions"):
+            cache.select(positions)
+    with pytest.raises(ValueError, match="rows of as many positions"):
+        cache.select([[0], [0]])
+
+
+def test_a_fork_goes_on_by_itself(xp: Any) -> None:
+    model, ids = lively(0), prompts(0, 2, 5)
+    ids, mask = left_padded(xp, ids, [0, 2])
+    cache = model.new_cache(8)
+    assert model.new_cache(8).fork([0, 0]).length == 0
+    model(ids, mask, cache)
+    copied, twice = cache.fork(), cache.fork([1, 1, 0])
+    wanted = model([[3], [4]], cache=cache)  # the first goes on, the others stay
+    assert (cache.length, copied.length, twice.length) == (6, 5, 5)
+    assert_close(model([[3], [4]], cache=copied), wanted, 1e-12, 1e-12)
+    found = model([[4], [5], [3]], cache=twice)
+    assert_close(found[0], wanted[1], 1e-9, 1e-9)
+    assert_close(found[2], wanted[0], 1e-9, 1e-9)
+
+
+def test_a_cache_grows_without_losing_anything(xp: Any) -> None:
+    model, ids = lively(0), prompts(0, 2, 5)
+    ids, mask = left_padded(xp, ids, [0, 2])
+    cache, roomy = model.new_cache(5), model.new_cache(12)
+    for one in (cache, roomy):
+        model(ids, mask, one)
+    cache.reserve(3)
+    with pytest.raises(ValueError, match="capacity 5 cannot hold 6"):
+        model([[1], [2]], cache=cache)
+    cache.reserve(7)
+    assert_close(model([[1], [2]], cache=cache), model([[1], [2]], cache=roomy), 1e-12, 1e-12)
+
+
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_a_tree_in_one_pass_is_each_path_by_itself(xp: Any, seed: int, data: Any) -> None:
+    token = st.integers(0, TINY.vocab_size - 1)
+    chains = st.lists(st.lists(token, min_size=1, max_size=3), min_size=1, max_size=4)
+    model, count = lively(seed), data.draw(st.integers(1, 6))
+    texts = host(prompts(seed, 2, count)).tolist()
+    trees = [TokenTree.from_chains(text[-1], data.draw(chains)) for text in texts]
+    nodes = min(map(len, trees))  # rows of a batch with trees of their own
+    trees = [tree.subtree(range(1, nodes))[0] for tree in trees]
+    start = count - 1
+    cache = model.new_cache(start + nodes) if start else None
+    if cache is not None:
+        model([text[:-1] for text in texts], cache=cache)
+    found = model(
+        [[*tree.tokens] for tree in trees],
+        cache=cache,
+        positions=np.stack([tree.positions(start) for tree in trees]),
+        mask=np.stack([tree.mask(start) for tree in trees]),
+    )
+    for row, (text, tree) in enumerate(zip(texts, trees, strict=True)):
+        for node in range(nodes):
+            way = [*text, *(tree.tokens[step] for step in tree.path(node))]
+            assert_close(found[row, node], model([way])[0, -1], 1e-9, 1e-9)
+    # the twin: slots for positions, hence siblings behind one another
+    if nodes > 2 and start + nodes <= TINY.n_positions:
+        deep = [tree.depths.tolist() != [*range(nodes)] for tree in trees]
+        cache = model.new_cache(start + nodes)
+        if start:
+            model([text[:-1] for text in texts], cache=cache)
+        slots = model(
+            [[*tree.tokens] for tree in trees],
+            cache=cache,
+            mask=np.stack([tree.mask(start) for tree in trees]),
+        )
+        for row in range(2):
+            assert deep[row] == bool(abs(host(slots)[row] - host(found)[row]).max() > 1e-6)
+
+
+def test_masks_and_positions_that_do_not_fit_are_refused(xp: Any) -> None:
+    model = lively(0)
+    with pytest.raises(ValueError, match=r"\(2, 2\) or \(b, 2, 2\), got \(2, 3\)"):
+        model([[1, 2]], mask=[[1, 1, 1]] * 2)
+    if xp is np:
+        with pytest.raises(IndexError):
+            model([[1, 2]], positions=[0, 12])
+    else:  # a device does not look, and answers with nan
+        assert bool(np.isnan(host(model([[1, 2]], positions=[0, 12]))[0, 1]).all())
+    far = model([[1, 2]], positions=[10, 11])  # the last ones
+    assert not bool((abs(host(far) - host(model([[1, 2]]))) < 1e-6).all())
 
 
 def test_a_pass_with_a_cache_is_inference(xp: Any) -> None:
@@ -463,6 +602,64 @@ def test_one_seed_gives_one_text(xp: Any) -> None:
     assert_close(model.generate(ids, 8), first, 0, 0)
     product_of_rows = {tuple(row) for row in texts[0]}
     assert len(product_of_rows) == 8  # rows draw independently
+
+
+# Drafts
+
+
+class Repeat:
+    """The last token again: a draft of any backend, which is right now and then."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def propose(self, text: Any, count: int, warper: Any, source: Any) -> Proposal:
+        self.asked.append(count)
+        return Proposal([text[-1]] * count, None)
+
+
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_greedy_texts_with_a_draft_are_those_without(xp: Any, seed: int, data: Any) -> None:
+    pads = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    model = lively(seed)
+    ids, mask = left_padded(xp, prompts(seed, len(pads), 5), pads)
+    ends = data.draw(st.lists(st.integers(0, 12), max_size=3))
+    options: dict[str, Any] = {
+        "temperature": 0,
+        "eos_token_id": ends,
+        "pad_token_id": data.draw(st.sampled_from([None, -1, 3])),
+        "attention_mask": mask,
+    }
+    new, count = data.draw(st.integers(0, 7)), data.draw(st.integers(0, 4))
+    wanted = model.generate(ids, new, **options)
+    for draft in (PromptLookup(2), [Repeat() for _ in pads]):
+        found = model.generate(ids, new, draft=draft, draft_tokens=count, **options)
+        assert found.dtype == "int64"
+        assert_close(found, wanted, 0, 0)
+
+
+def test_drafts_leave_the_law_of_sampled_texts(xp: Any) -> None:
+    model = lively(2, vocab_size=4, initializer_range=0.3)
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": 3, "min_p": 0.05}
+    logits = host(filter_logits(model([[1, 2]])[:, -1], 0.8, 3, None, 0.05))[0]
+    first = np.exp(logits - logits.max())
+    rest = host(filter_logits(model([[1, 2, x] for x in range(4)])[:, -1], 0.8, 3, None, 0.05))
+    second = np.exp(rest - rest.max(axis=-1, keepdims=True))
+    wanted = (first / first.sum())[:, None] * second / second.sum(axis=-1, keepdims=True)
+    texts = host(model.generate([[1, 2]] * 2000, 2, rng=Rng(0), draft=Repeat(), **options))
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (texts[:, 2], texts[:, 3]), 1)
+    assert counts[wanted == 0].sum() == 0
+    bound = chi2.isf(1e-6, (wanted > 0).sum() - 1)  # the rate of false alarms
+    assert pearson(counts[wanted > 0], wanted[wanted > 0]) < bound
+
+
+def test_a_draft_is_asked_for_as_many_as_are_wanted(xp: Any) -> None:
+    draft = Repeat()
+    lively(0).generate([[1, 2]], 6, temperature=0, draft=draft, draft_tokens=2)
+    assert draft.asked and max(draft.asked) == 2
+    with pytest.raises(ValueError, match="2 texts have a draft each"):
+        lively(0).generate([[1], [2]], 6, draft=[draft])
 
 
 # The door
