@@ -77,9 +77,18 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
             "12-deformable-convolution.md",
             deformable.STUDY,
             [
-                f"{kind}_{what}"
-                for what in ("disc_accuracy", "nucleus_overlap", "edge_overlap")
-                for kind in ("conv", "dcn_v1", "dcn_v2")
+                "conv_disc_accuracy",
+                "conv_disc_accuracy_at_6",
+                *(f"{kind}_disc_accuracy" for kind in ("dcn_v1", "dcn_v2", "attention")),
+                *(
+                    f"{kind}_rank_correlation_of_dilation_and_radius"
+                    for kind in ("dcn_v1", "dcn_v2")
+                ),
+                *(
+                    f"{kind}_{what}"
+                    for what in ("nucleus_overlap", "edge_overlap")
+                    for kind in ("conv", "dcn_v1", "dcn_v2")
+                ),
             ],
             "{}",
         ),
@@ -106,7 +115,7 @@ def test_the_claims_of_the_studies_hold_in_the_runs_that_made_their_figures() ->
         for name in ("deformable", "initialization")
     }
     discs = metrics["deformable"]
-    for kind in ("dcn_v1", "dcn_v2"):
+    for kind in ("dcn_v1", "dcn_v2", "attention"):
         assert discs[f"{kind}_disc_accuracy"] > discs["conv_disc_accuracy"] + 0.1
         assert discs[f"{kind}_parameters"] <= discs["conv_parameters"]
     bits = metrics["initialization"]
