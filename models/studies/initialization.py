@@ -67,7 +67,7 @@ class InitializationConfig(Config):
     width: int = 256
     depth: int = 60
     samples: int = 64
-    draws: int = 5
+    draws: int = 3
     residual_width: int = 512
     residual_depth: int = 12
     queries: int = 256
@@ -381,6 +381,6 @@ STUDY = Study(
     "24-layer Transformers start to learn a text at one learning rate; and when softmax attention "
     "looks at one place only. Measured on the library's own layers, beside the theory.",
     quick=InitializationConfig(steps=160, seeds=1, draws=1, warmup=60),
-    full=InitializationConfig(steps=300),
+    full=InitializationConfig(steps=270),
     run=run,
 )
