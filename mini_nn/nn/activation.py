@@ -28,9 +28,9 @@ from typing import Any
 
 from .. import ops
 from ..backend import Array
-from ..rng import Rng
 from . import functional as F
 from .gaussian import gaussian_moments
+from .layers import Dropout
 from .module import Module
 
 __all__ = [
@@ -201,27 +201,12 @@ class Corrected(Module):
         return f"shift={self.shift:.6g}, scale={self.scale:.6g}"
 
 
-class AlphaDropout(Module):
+class AlphaDropout(Dropout):
     """Dropout for SELU, which keeps mean 0 and variance 1; see ``functional.alpha_dropout``.
 
-    Args:
-        p: in [0, 1].
-        rng: what is drawn from, at each call (None: ``default_rng()``).
-
-    Raises:
-        ValueError: ``p`` is not a probability.
+    Args and errors are those of ``Dropout``.
     """
-
-    def __init__(self, p: float = 0.5, *, rng: Rng | None = None) -> None:
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"AlphaDropout takes a probability p in [0, 1], got {p}")
-        self.p = p
-        self.rng = rng
 
     def forward(self, input: Array) -> Array:
         """Any shape."""
         return F.alpha_dropout(input, self.p, self.training, self.rng)
-
-    def extra_repr(self) -> str:
-        """The probability."""
-        return f"p={self.p}"

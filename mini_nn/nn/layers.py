@@ -100,7 +100,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, *, rng: Rng | None = None) -> None:
         if not 0.0 <= p <= 1.0:
-            raise ValueError(f"Dropout takes a probability p in [0, 1], got {p}")
+            raise ValueError(f"{type(self).__name__} takes a probability p in [0, 1], got {p}")
         self.p = p
         self.rng = rng
 

@@ -118,13 +118,22 @@ def dropout(input: Array, p: float = 0.5, training: bool = True, rng: Rng | None
     Raises:
         ValueError: ``p`` is not a probability.
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout takes a probability p in [0, 1], got {p}")
+    _probability("dropout", p)
     if not training or p == 0.0:
         return input
+    return input * (_kept(input, 1.0 - p, rng) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
+
+
+def _probability(name: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} takes a probability p in [0, 1], got {p}")
+
+
+def _kept(input: Array, q: float, rng: Rng | None) -> Array:
+    """1 with probability q, else 0, for each element."""
     with using(backend_of(data_of(input)).name):
-        keep = (default_rng() if rng is None else rng).bernoulli(1.0 - p, input.shape)
-    return input * (keep.astype(input.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
+        keep = (default_rng() if rng is None else rng).bernoulli(q, input.shape)
+    return keep.astype(input.dtype)
 
 
 def alpha_dropout(
@@ -145,15 +154,12 @@ def alpha_dropout(
     Raises:
         ValueError: ``p`` is not a probability.
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"alpha_dropout takes a probability p in [0, 1], got {p}")
+    _probability("alpha_dropout", p)
     if not training or p == 0.0:
         return input
     if p == 1.0:
         return input * 0.0
     low, q = -SELU_SCALE * SELU_ALPHA, 1.0 - p
     a = (q + low * low * p * q) ** -0.5
-    with using(backend_of(data_of(input)).name):
-        keep = (default_rng() if rng is None else rng).bernoulli(q, input.shape)
-    keep = keep.astype(input.dtype)
+    keep = _kept(input, q, rng)
     return input * (a * keep) + (a * low * (1.0 - keep) - a * p * low)
