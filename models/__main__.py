@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,9 @@ from .studies import Study, StudyError, discover, report, runner
 from .studies.runner import Outcome
 
 PROGRAM = "python -m models"
+
+FOLDERS = ("target", "draft")
+"""Options that are fields of some studies' configs."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +94,12 @@ def parser() -> Parser:
         metavar="N",
         help="instead of the budget's",
     )
+    for name in FOLDERS:
+        run.add_argument(
+            f"--{name}",
+            metavar="FOLDER",
+            help=f"a checkpoint in GPT-2's layout, as the {name} of a study that has one",
+        )
     again = commands.add_parser("report", help="write the page of a folder again")
     again.add_argument("folder", type=Path, metavar="DIR", help="runs/<date>")
     return top
@@ -144,7 +154,8 @@ def run(args: argparse.Namespace, known: Mapping[str, Study]) -> int:
     device = known_backend(given.get("backend"))
     runner.need_packages()
     if resume is not None and name != "all":
-        settled = [key for key in ("seed", "steps", "backend", "out") if given.get(key) is not None]
+        keys = ("seed", "steps", "backend", "out", *FOLDERS)
+        settled = [key for key in keys if given.get(key) is not None]
         taken = [f"--{key}" for key in settled + ["full"] * given["full"]]
         if taken:
             raise StudyError(f"--resume goes on as it began: leave out {', '.join(taken)}")
@@ -153,8 +164,12 @@ def run(args: argparse.Namespace, known: Mapping[str, Study]) -> int:
     folder = (
         runner.old_folder(resume) if resume else runner.new_folder(given.get("out") or Path("runs"))
     )
-    budget = "custom" if given.get("steps") else "full" if given.get("full") else "quick"
-    changes = {key: given[key] for key in ("seed", "steps") if given.get(key) is not None}
+    own = {key: given[key] for key in FOLDERS if given.get(key) is not None}
+    for study, key in product(chosen, own):
+        if not hasattr(study.quick, key):
+            raise StudyError(f"the study {study.name} has no --{key}: leave it out")
+    budget = "custom" if given.get("steps") or own else "full" if given.get("full") else "quick"
+    changes = {key: given[key] for key in ("seed", "steps") if given.get(key) is not None} | own
     outcomes = []
     for study in chosen:
         place = folder / study.name

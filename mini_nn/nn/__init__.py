@@ -1,6 +1,6 @@
 """Modules and layers under torch.nn's names, arguments, layouts and defaults."""
 
-from . import functional, gaussian, init, parametrization, residual, schemes
+from . import functional, gaussian, init, layer_drop, parametrization, residual, schemes
 from .activation import (
     ELU,
     GELU,
@@ -50,6 +50,6 @@ __all__ = [
     "Identity", "InstanceNorm2d", "InstanceRMSNorm2d", "LayerNorm", "LeakyReLU", "Linear",
     "LogSoftmax", "MSELoss", "MaxPool2d", "Mish", "Mismatch", "ModulatedConv2d", "Module",
     "ModuleDict", "ModuleList", "Parameter", "RMSNorm", "ReLU", "Sequential", "SiLU", "Sigmoid",
-    "SmoothL1Loss", "Softmax", "Softplus", "Tanh", "functional", "gaussian", "init",
+    "SmoothL1Loss", "Softmax", "Softplus", "Tanh", "functional", "gaussian", "init", "layer_drop",
     "parametrization", "residual", "schemes",
 ]  # fmt: skip

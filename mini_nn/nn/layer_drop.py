@@ -15,10 +15,10 @@ C: one more from the last one down, every T/2L     4.2              ``gradual_ex
 
 l = 0 … L − 1 are the layers, t = 0 … T − 1 the steps.  All exits share the model's norm and head.
 
-Deviations: e(0) = 0, so the first layer has no exit, as in the paper's formula.  The last layer
-takes part in every step of every curriculum, so that the weights have a sum to be divided by.  A
-dropped layer is computed and then not used, where the authors leave its rows out: the numbers are
-the same.
+Deviations: e(0) = 0, so the first layer has no exit, as in the formula above; the authors' later
+code counts l from 1 there and does not scale the last layer's sum.  The last layer takes part in
+every step of every curriculum, so that the weights have a sum to be divided by.  A dropped layer is
+computed and then not used, where the authors leave its rows out: the numbers are the same.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ NORMS = ("LayerNorm", "RMSNorm", "BatchNorm1d", "BatchNorm2d", "GroupNorm", "Ins
 OWN = (
     "Mismatch", "Module", "ModuleDict", "ModuleList", "Parameter", "Sequential", "functional",
     "Corrected", "DyISRU", "DyT", "Erf", "InstanceRMSNorm2d", "ModulatedConv2d", "gaussian", "init",
-    "parametrization", "residual", "schemes",
+    "layer_drop", "parametrization", "residual", "schemes",
 )  # fmt: skip
 """What torch.nn has not, or not with a signature."""
 
