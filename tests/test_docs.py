@@ -13,7 +13,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import mini_nn
-from models.studies import Study, deformable, gpt, initialization
+from models.studies import Study, deformable, gpt, initialization, speculative
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -72,6 +72,21 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
             initialization.STUDY,
             ["post_norm", "unigram", "post_norm_warm_up", "pre_norm", "deepnorm", "rezero"],
             "{}_bits_per_character",
+        ),
+        (
+            "09-speculative-decoding.md",
+            speculative.STUDY,
+            [
+                "acceptance",
+                "largest_error_of_the_formula",
+                "small_model_times_as_fast",
+                "small_model_tokens_per_call",
+                "prompt_lookup_times_as_fast",
+                "small_model_tree_tokens_per_call",
+                "early_exit_times_as_fast",
+                "skipped_layers_times_as_fast",
+            ],
+            "{}",
         ),
         (
             "12-deformable-convolution.md",

@@ -35,8 +35,8 @@ def draw_lengths(axes: Axes, alpha: float, rows: list[tuple[int, float, float]])
     axes.set_xlabel("drafts per call γ")
     axes.set_ylabel("tokens per call of the target")
     axes.set_ylim(0, None)
-    axes.annotate(f"(1 − αᵞ⁺¹)/(1 − α), α = {alpha:.2f}", (drafts[-1], formula[-1]), (-4, -90),
-                  textcoords="offset points", ha="right", color=plot.GREY)  # fmt: skip
+    axes.annotate(f"(1 − αᵞ⁺¹)/(1 − α), α = {alpha:.2f}", (0.97, 0.05), xycoords="axes fraction",
+                  ha="right", color=plot.GREY)  # fmt: skip
     plot.title(axes, "A call gives what the formula says")
 
 
