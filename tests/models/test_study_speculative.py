@@ -91,3 +91,16 @@ def test_a_run_of_other_checkpoints(
     assert "tokens per call" in capsys.readouterr().out
     assert program.main(["run", "gpt", *options, *out]) == 2
     assert "has no --target" in capsys.readouterr().err
+
+
+def test_alpha_is_what_both_models_share_on_the_targets_own_text(pair: Any) -> None:
+    config, prompts = replace(TINY, steps=8), [[1, 2, 3], [7, 7, 2]]
+    alpha, _ = study.by_length(*pair, prompts, config)
+    shares = []
+    for k, prompt in enumerate(prompts):
+        text = host(pair[0].generate([prompt], 8, rng=Rng(config.seed + 10 + k)))[0]
+        for i in range(3, 11):  # the places of the new tokens
+            p, q = (np.exp(host(one([text[:i].tolist()]))[0, -1]) for one in pair)
+            shares.append(np.minimum(p / p.sum(), q / q.sum()).sum())
+    assert_close(alpha, float(np.mean(shares)), rtol=1e-9)
+    assert alpha < 0.9
