@@ -380,7 +380,7 @@ STUDY = Study(
     "initialisation; which share of a residual stream belongs to which branch; which of five "
     "24-layer Transformers start to learn a text at one learning rate; and when softmax attention "
     "looks at one place only. Measured on the library's own layers, beside the theory.",
-    quick=InitializationConfig(steps=160, seeds=1, draws=1, warmup=60),
+    quick=InitializationConfig(steps=110, context=16, seeds=1, draws=1, warmup=40),
     full=InitializationConfig(steps=270),
     run=run,
 )
