@@ -171,9 +171,7 @@ def weighted_rows(weights: Array, index: Array, rows: Array) -> Array:
     if xp is np and rows.dtype.itemsize >= 4:
         return _sparse("csr", weights, index, count, len(rows)) @ rows
     out = xp.empty((count, 1, rows.shape[1]), rows.dtype)
-    step = max(1, GATHERED // max(entries * rows.shape[1], 1))
-    for start in range(0, count, step):
-        block = slice(start, start + step)
+    for block in gathered(count, entries * rows.shape[1]):
         out[block] = weights[block, None] @ rows[index[block]]
     return out[:, 0]
 
@@ -190,15 +188,19 @@ def spread_rows(weights: Array, index: Array, values: Array, count: int) -> Arra
     if xp is np and values.dtype.itemsize >= 4:
         return _sparse("csc", weights, index, targets, count) @ values
     out = xp.zeros((count, values.shape[1]), values.dtype)
-    step = max(1, GATHERED // max(entries * values.shape[1], 1))
-    for start in range(0, targets, step):
-        block = slice(start, start + step)
+    for block in gathered(targets, entries * values.shape[1]):
         scatter_add(out, index[block], weights[block, :, None] * values[block, None])
     return out
 
 
 GATHERED = 1 << 19
 """Numbers that are gathered at a time where there is no sparse product: 2 MiB of float32."""
+
+
+def gathered(count: int, each: int) -> Iterator[slice]:
+    """Slices of ``count`` rows of ``each`` numbers: ``GATHERED`` numbers, or one row, at a time."""
+    step = max(1, GATHERED // max(each, 1))
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _sparse(kind: str, weights: Array, index: Array, count: int, size: int) -> Any:

@@ -44,6 +44,7 @@ from mini_nn.decoding import (
     greedy,
     gumbel_token,
     speculative_sampling,
+    tree_laws,
     verify_tree,
     verify_tree_greedily,
     without_replacement,
@@ -229,7 +230,7 @@ class _Row:
         return rule(drafts, q, p, self._source())
 
     def _judge_tree(self, tree: TokenTree, q: Array | None, logits: Array) -> Verdict:
-        p, rule = _tree_laws(self.settings.warper, logits, self.text, tree), self.settings.node_rule
+        p, rule = tree_laws(logits, self.text, tree, self.settings.warper), self.settings.node_rule
         if rule is None and self.settings.warper.temperature == 0:
             return verify_tree_greedily(tree, p)
         if rule is None:
@@ -239,17 +240,6 @@ class _Row:
     def _source(self) -> Source:
         """Where shared noise is the source, a position is drawn with its own, by either side."""
         return self.source.at(len(self.text)) if hasattr(self.source, "at") else self.source
-
-
-def _tree_laws(warper: Warper, logits: Array, text: list[int], tree: TokenTree) -> Array:
-    """The law after each node, whose text are the tokens on the way to it."""
-    if warper.repetition_penalty == 1 and warper.no_repeat_ngram_size is None:
-        return warper(logits, text, tree.tokens[1:])  # what is before a row is not looked at
-    p = logits.copy()
-    for node in range(len(tree)):
-        way = [tree.tokens[step] for step in tree.path(node)]
-        p[node] = warper(logits[node : node + 1], [*text, *way])[0]
-    return p
 
 
 class _Targets:

@@ -206,9 +206,7 @@ def _row_products(g: Any, index: Any, rows: Any) -> Any:
     """ā = ⟨x, ȳ⟩: the products of row r of g (r, d) with rows[index[r, e]], (r, e)."""
     count, entries = index.shape
     products = of(g).empty((count, entries, 1), g.dtype)
-    step = max(1, backend.GATHERED // max(entries * rows.shape[1], 1))
-    for start in range(0, count, step):
-        block = slice(start, start + step)
+    for block in backend.gathered(count, entries * rows.shape[1]):
         products[block] = rows[index[block]] @ g[block, :, None]
     return products[:, :, 0]
 

@@ -20,6 +20,7 @@ import mini_nn
 from mini_nn import Rng, backend
 from mini_nn.backend import Array
 from mini_nn.nn import functional as F
+from mini_nn.nn.residual import decay_groups
 from mini_nn.optim import AdamW, Schedule, clip_grad_norm_, warmup_cosine
 
 from ..data import corpus, split
@@ -81,11 +82,7 @@ def build(config: GPTStudyConfig, rng: Rng) -> GPT:
 
 def groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters with weight decay (matrices and tables) and those without."""
-    parameters = [*model.parameters()]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    return decay_groups(model.parameters(), weight_decay)
 
 
 def codes(text: bytes) -> Array:
