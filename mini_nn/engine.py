@@ -239,8 +239,7 @@ class Primitive:
         for places, _, names, _ in self.joint_rules:
             if any(wanted[place] for place in places):
                 asked |= {*names}
-        if self.composite:
-            asked |= {*self.names}
+        asked |= {*self.names} if self.composite else set()
         return [(n, self._place(n) if n in self.names else -1) for n in asked - {"like", "needs"}]
 
     def pull(self, node: Node, g: Any, wanted: Any, create_graph: bool) -> list[tuple[Node, Any]]:
@@ -249,7 +248,8 @@ class Primitive:
         if create_graph:
             if self.composite:
                 inputs = [kept[name] for name in self.names]
-                return replay(self.composite, inputs, node.parents, [], [g], True)
+                seeds = [g.get(i) for i in range(len(node.shape))] if type(g) is Parts else [g]
+                return replay(self.composite, inputs, node.parents, [], seeds, True)
             kept = self._linked(node)
         if type(node.shape) is list:
             g = g.filled(node)

@@ -145,6 +145,27 @@ def test_values_handed_over_by_kept(xp: Any) -> None:
         grad(without(x), x, create_graph=True)
 
 
+def test_several_outputs_with_a_twin(xp: Any) -> None:
+    """Each output may be used or not, at every order."""
+
+    def definition(x: Any) -> Any:
+        return ops.sin(x), ops.cos(x)
+
+    @primitive(composite=definition)
+    def sin_and_cos(x: Any) -> Any:
+        s = of(x).sin(x)
+        return Kept((s, of(x).cos(x)), sine=s)
+
+    def rule(g: Any, y: Any, sine: Any) -> Any:
+        return g[0] * y[1] - g[1] * sine
+
+    sin_and_cos.derivative(x=rule)
+    x = xp.asarray(np.array([0.3, -1.2]))
+    check_grads(sin_and_cos, x, order=3)
+    check_grads(lambda x: sin_and_cos(x)[0], x, order=3)
+    check_grads(lambda x: sin_and_cos(x)[1], x, order=3)
+
+
 def test_gradients_are_reduced_and_cast_by_the_engine(xp: Any) -> None:
     @primitive
     def plus(x: Any, y: Any) -> Any:

@@ -1,5 +1,6 @@
 """Attention and what it is made of."""
 
+from .chunked import chunked, recurrent
 from .scale import (
     dot_product_scale,
     entropy,
@@ -9,5 +10,6 @@ from .scale import (
 )
 
 __all__ = [
-    "dot_product_scale", "entropy", "entropy_invariant_scale", "length_scale", "sensitivity",
+    "chunked", "dot_product_scale", "entropy", "entropy_invariant_scale", "length_scale",
+    "recurrent", "sensitivity",
 ]  # fmt: skip
