@@ -1,15 +1,11 @@
-"""Attention and what it is made of."""
+"""Attention: what may stand in the place of the softmax, and what the softmax itself is made of.
 
-from .chunked import chunked, recurrent
-from .scale import (
-    dot_product_scale,
-    entropy,
-    entropy_invariant_scale,
-    length_scale,
-    sensitivity,
-)
+One family is one file, and all are called alike: see ``arguments``.
+"""
 
-__all__ = [
-    "chunked", "dot_product_scale", "entropy", "entropy_invariant_scale", "length_scale",
-    "recurrent", "sensitivity",
-]  # fmt: skip
+from .chunked import *
+from .cost import *
+from .generalized import *
+from .scale import *
+from .softmax import *
+from .taylor import *
