@@ -5,7 +5,10 @@ One family is one file, and all are called alike: see ``arguments``.
 
 from .chunked import *
 from .cost import *
+from .efficient import *
+from .feature_maps import *
 from .generalized import *
+from .linear import *
 from .scale import *
 from .softmax import *
 from .taylor import *

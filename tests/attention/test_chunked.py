@@ -93,7 +93,7 @@ def test_a_token_forgets_everything(xp):
     """γ = 0: a logarithm of −inf, which a quotient of two products could not do."""
     q, k, v, g, s = problem(7, (), 9, 2, 2)
     g[4] = -float("inf")
-    y, last = chunked(q, k, v, g, s, 4)
+    y, _ = chunked(q, k, v, g, s, 4)
     assert_close(y[4:], recurrent(q[4:], k[4:], v[4:], g[4:])[0])
     assert_close(y, recurrent(q, k, v, g, s)[0])
     leaves = [Tensor(x, requires_grad=True) for x in (q, k, v, s)]
