@@ -5,10 +5,13 @@ One family is one file, and all are called alike: see ``arguments``.
 
 from .chunked import *
 from .cost import *
+from .decay import *
 from .efficient import *
 from .feature_maps import *
 from .generalized import *
 from .linear import *
+from .retention import *
 from .scale import *
+from .scan import *
 from .softmax import *
 from .taylor import *
