@@ -59,7 +59,7 @@ def recurrent(
     _check(query, key, value, log_decay, state)
     xp, n = of(data_of(query)), query.shape[-2]
     if state is None:
-        state = xp.zeros(_state_shape(key, value), value.dtype)
+        state = xp.zeros(state_shape(key, value), value.dtype)
     if n == 0:
         return xp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype), state
     queries, keys, values = (ops.split(x, n, axis=-2) for x in (query, key, value))
@@ -116,14 +116,14 @@ def chunked(
         raise ValueError(f"a chunk has at least one token, got chunk_size={chunk_size}")
     xp, n = of(query), query.shape[-2]
     size = max(1, min(chunk_size, n))
-    q, k, v = (_in_chunks(xp, x, size) for x in (query, key, value))
+    q, k, v = (in_chunks(xp, x, size) for x in (query, key, value))
     decay = _Decay(xp, log_decay, n, size, query.dtype)
-    first = xp.zeros(_state_shape(key, value), value.dtype) if state is None else state
+    first = xp.zeros(state_shape(key, value), value.dtype) if state is None else state
     added = decay.to_end(k).swapaxes(-1, -2) @ v
     states, last = _scan(xp, first, added, decay, range(added.shape[-3]))
     y = decay.hide(q @ k.swapaxes(-1, -2)) @ v
     y += decay.from_start(q) @ states
-    return Kept((_in_a_row(y, n), last), states=states)
+    return Kept((in_a_row(y, n), last), states=states)
 
 
 @chunked.joint_derivative("query", "key", "value", "log_decay", "state")
@@ -140,7 +140,7 @@ def _rule(
 ) -> tuple[Any, ...]:
     xp, n = of(query), query.shape[-2]
     size = max(1, min(chunk_size, n))
-    q, k, v, o = (_in_chunks(xp, x, size) for x in (query, key, value, g[0]))
+    q, k, v, o = (in_chunks(xp, x, size) for x in (query, key, value, g[0]))
     decay = _Decay(xp, log_decay, n, size, query.dtype)
     seen = decay.from_start(q).swapaxes(-1, -2) @ o
     after, first = _scan(xp, g[1], seen, decay, reversed(range(seen.shape[-3])))
@@ -159,7 +159,7 @@ def _rule(
         later = ((q * of_q).sum(axis=-1) - (k * of_k).sum(axis=-1))[..., ::-1]
         of_decay = later.cumsum(axis=-1)[..., ::-1] + (ends * after).sum(axis=(-1, -2))[..., None]
         of_decay = of_decay.reshape(*of_decay.shape[:-2], -1)[..., :n]
-    rows = [None if x is None else _in_a_row(x, n) for x in (of_q, of_k, of_v)]
+    rows = [None if x is None else in_a_row(x, n) for x in (of_q, of_k, of_v)]
     return (*rows, of_decay, first)
 
 
@@ -175,7 +175,7 @@ class _Decay:
         self.start = self.end = self.whole = None
         if log_decay is not None:
             spread = xp.broadcast_to(log_decay, (*log_decay.shape[:-1], n))
-            steps = _in_chunks(xp, spread[..., None], size)  # (…, chunks, size, 1)
+            steps = in_chunks(xp, spread[..., None], size)  # (…, chunks, size, 1)
             self.between = self.between * xp.exp(xp.where(later, steps, 0.0).cumsum(axis=-2))
             self.start = xp.exp(steps.cumsum(axis=-2))
             self.end = self.between[..., -1, :, None]
@@ -208,7 +208,7 @@ def _scan(xp: Any, first: Any, added: Any, decay: _Decay, order: Any) -> tuple[A
     return found, state
 
 
-def _in_chunks(xp: Any, x: Any, size: int) -> Any:
+def in_chunks(xp: Any, x: Any, size: int) -> Any:
     """(…, n, d) as (…, chunks, size, d), with zeros after the last token."""
     *lead, n, d = x.shape
     missing = -n % size
@@ -217,13 +217,13 @@ def _in_chunks(xp: Any, x: Any, size: int) -> Any:
     return x.reshape(*lead, (n + missing) // size, size, d)
 
 
-def _in_a_row(x: Any, n: int) -> Any:
+def in_a_row(x: Any, n: int) -> Any:
     """(…, chunks, size, d) as (…, n, d)."""
     *lead, chunks, size, d = x.shape
     return x.reshape(*lead, chunks * size, d)[..., :n, :]
 
 
-def _state_shape(key: Any, value: Any) -> tuple[int, ...]:
+def state_shape(key: Any, value: Any) -> tuple[int, ...]:
     return (*key.shape[:-2], key.shape[-1], value.shape[-1])
 
 
@@ -239,7 +239,7 @@ def _check(query: Any, key: Any, value: Any, log_decay: Any, state: Any) -> None
         ends = zip(shape[::-1], wanted[::-1], strict=False)
         if not 0 < len(shape) <= len(wanted) or any(a not in (1, b) for a, b in ends):
             raise ValueError(f"log_decay has to broadcast to (…, n) = {wanted}, got {shape}")
-    if state is not None and state.shape != _state_shape(key, value):
+    if state is not None and state.shape != state_shape(key, value):
         raise ValueError(
-            f"the state is (…, d, e) = {_state_shape(key, value)} here, got {state.shape}"
+            f"the state is (…, d, e) = {state_shape(key, value)} here, got {state.shape}"
         )
