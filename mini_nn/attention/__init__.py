@@ -16,6 +16,8 @@ from .generalized import *
 from .linear import *
 from .mesa import *
 from .path import *
+from .random_features import *
+from .random_matrix import *
 from .retention import *
 from .scale import *
 from .scan import *
