@@ -16,6 +16,8 @@ from .generalized import *
 from .linear import *
 from .mesa import *
 from .path import *
+from .performer import *
+from .performer_layer import *
 from .random_features import *
 from .random_matrix import *
 from .retention import *
