@@ -14,8 +14,10 @@ from .feature_maps import *
 from .gated_delta import *
 from .generalized import *
 from .linear import *
+from .longformer import *
 from .mesa import *
 from .path import *
+from .patterns import *
 from .performer import *
 from .performer_layer import *
 from .random_features import *
@@ -25,4 +27,6 @@ from .scale import *
 from .scan import *
 from .short_conv import *
 from .softmax import *
+from .sparse import *
 from .taylor import *
+from .topk import *
