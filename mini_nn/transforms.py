@@ -25,6 +25,23 @@ class _Block:
             return replay(self.fn, kept["args"], own, self.captured, seeds, create_graph)
 
 
+def reached_since(start: int, outputs: Sequence[Any]) -> set[Node]:
+    """The nodes that outputs came from, back to those older than ``start``, a tick of ``clock``.
+
+    The older ones among them are what was closed over.
+    """
+    reached: set[Node] = set()
+    ends = [getattr(o, "node", None) for o in outputs]
+    stack = [node for node in ends if node is not None]
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            if node.order > start:
+                stack += [parent for parent in node.parents if parent is not None]
+    return reached
+
+
 def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
     """``fn(*args)``, keeping only the inputs: the backward pass runs ``fn`` again.
 
@@ -43,15 +60,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
     with watching() as draws:
         outputs = fn(*inner)
     several = isinstance(outputs, tuple)
-    reached: set[Node] = set()
-    ends = [getattr(o, "node", None) for o in (outputs if several else (outputs,))]
-    stack = [node for node in ends if node is not None]
-    while stack:
-        node = stack.pop()
-        if node not in reached:
-            reached.add(node)
-            if node.order > start:
-                stack += [parent for parent in node.parents if parent is not None]
+    reached = reached_since(start, outputs if several else (outputs,))
     if not reached:
         return outputs
     captured = [node for node in reached if node.order < start]

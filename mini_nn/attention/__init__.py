@@ -15,6 +15,7 @@ from .gated_delta import *
 from .generalized import *
 from .linear import *
 from .longformer import *
+from .lsh import *
 from .mesa import *
 from .path import *
 from .patterns import *

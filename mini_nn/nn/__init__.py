@@ -18,6 +18,7 @@ from .activation import (
     Softplus,
     Tanh,
 )
+from .chunked_ff import ChunkedFeedForward, by_chunks
 from .container import ModuleDict, ModuleList, Sequential
 from .conv import (
     AdaptiveAvgPool2d,
@@ -42,14 +43,16 @@ from .norm import (
     ModulatedConv2d,
     RMSNorm,
 )
+from .reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = [
     "ELU", "GELU", "SELU", "AdaptiveAvgPool2d", "AlphaDropout", "AvgPool2d", "BCEWithLogitsLoss",
-    "BatchNorm1d", "BatchNorm2d", "Conv1d", "Conv2d", "ConvTranspose2d", "Corrected",
-    "CrossEntropyLoss", "Dropout", "DyISRU", "DyT", "Embedding", "Erf", "Flatten", "GroupNorm",
-    "Identity", "InstanceNorm2d", "InstanceRMSNorm2d", "LayerNorm", "LeakyReLU", "Linear",
-    "LogSoftmax", "MSELoss", "MaxPool2d", "Mish", "Mismatch", "ModulatedConv2d", "Module",
-    "ModuleDict", "ModuleList", "Parameter", "RMSNorm", "ReLU", "Sequential", "SiLU", "Sigmoid",
-    "SmoothL1Loss", "Softmax", "Softplus", "Tanh", "functional", "gaussian", "init", "layer_drop",
-    "parametrization", "residual", "schemes",
+    "BatchNorm1d", "BatchNorm2d", "ChunkedFeedForward", "Conv1d", "Conv2d", "ConvTranspose2d",
+    "Corrected", "CrossEntropyLoss", "Dropout", "DyISRU", "DyT", "Embedding", "Erf", "Flatten",
+    "GroupNorm", "Identity", "InstanceNorm2d", "InstanceRMSNorm2d", "LayerNorm", "LeakyReLU",
+    "Linear", "LogSoftmax", "MSELoss", "MaxPool2d", "Mish", "Mismatch", "ModulatedConv2d", "Module",
+    "ModuleDict", "ModuleList", "Parameter", "RMSNorm", "ReLU", "ReversibleBlock",
+    "ReversibleSequence", "Sequential", "SiLU", "Sigmoid", "SmoothL1Loss", "Softmax", "Softplus",
+    "Tanh", "by_chunks", "functional", "gaussian", "init", "layer_drop", "parametrization",
+    "residual", "schemes",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ OWN = (
     "Mismatch", "Module", "ModuleDict", "ModuleList", "Parameter", "Sequential", "functional",
     "Corrected", "DyISRU", "DyT", "Erf", "InstanceRMSNorm2d", "ModulatedConv2d", "gaussian", "init",
     "layer_drop", "parametrization", "residual", "schemes",
+    "ChunkedFeedForward", "ReversibleBlock", "ReversibleSequence", "by_chunks",
 )  # fmt: skip
 """What torch.nn has not, or not with a signature."""
 
