@@ -93,6 +93,7 @@ class Block(Module):
             parameters is a Module of its own for each branch.
         norm: makes the norm of a branch; None for ``LayerNorm``.  For wrappers that use none,
             ``nn.Identity`` leaves out its parameters.
+        attn: a Module (x, mask, cache) → (b, t, d) in place of ``CausalSelfAttention``.
     """
 
     def __init__(
@@ -103,10 +104,11 @@ class Block(Module):
         mlp: Module | None = None,
         residuals: tuple[Residual, Residual] = (pre_norm, pre_norm),
         norm: Callable[[], Module] | None = None,
+        attn: Module | None = None,
     ) -> None:
         norm = norm or partial(nn.LayerNorm, config.n_embd, config.layer_norm_epsilon)
         self.ln_1 = norm()
-        self.attn = CausalSelfAttention(config, rng, attention)
+        self.attn = attn or CausalSelfAttention(config, rng, attention)
         self.ln_2 = norm()
         self.mlp = mlp or MLP(config, rng)
         self.attn_residual, self.mlp_residual = residuals

@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mini_nn
 from mini_nn import Rng, no_grad, ops
-from mini_nn.backend import Array, to_host
-from mini_nn.nn import functional as F
-from mini_nn.optim import AdamW, Schedule, clip_grad_norm_, warmup_cosine
+from mini_nn.backend import Array
 
 from .data import corpus, split
 from .gpt import GPT
-from .studies.gpt import BYTES, GPTStudyConfig, batches, build, codes, groups, score
+from .studies.gpt import GPTStudyConfig
+from .studies.text import Loss, Training, on_text, score
 
 TARGET = GPTStudyConfig(
     steps=1200, n_layer=12, n_head=4, n_embd=96, context=128, batch=16, lr=4e-3, seed=1
@@ -34,35 +32,17 @@ DRAFT = replace(TARGET, steps=1500, n_layer=1, n_head=2, n_embd=64, lr=5e-3, see
 
 FOLDER = Path(__file__).parent / "data" / "pair"
 
-Loss = Callable[[GPT, Array, Array], Any]
 
-
-def train(config: GPTStudyConfig, loss_of: Loss, log: Callable[[str], None]) -> GPT:
+def train(config: GPTStudyConfig, loss: Loss, log: Callable[[str], None]) -> GPT:
     """A model of these sizes after ``config.steps`` steps on random windows of the text."""
     weights_rng, batch_rng = Rng(config.seed).split(2)
-    model = build(config, weights_rng)
-    optimizer = AdamW(groups(model, config.weight_decay), config.lr, betas=(0.9, 0.99))
-    shape = partial(
-        warmup_cosine, warmup=int(config.warmup * config.steps), total=config.steps, min_ratio=0.05
-    )
-    schedule = Schedule(optimizer, shape)
-    text = codes(split(corpus(config.corpus))[0])
+    text, _ = split(corpus(config.corpus))
+    training = Training(GPT(config.sizes(), weights_rng), text, config, batch_rng, loss, 0.05)
     for step in range(config.steps):
-        inputs, targets = batches(text, config, batch_rng)
-        optimizer.zero_grad()
-        loss = loss_of(model, inputs, targets)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        nats = training.step()
         if (step + 1) % 100 == 0:
-            log(f"step {step + 1} of {config.steps}: loss {float(to_host(loss.data)):.3f} nats")
-    return model.eval()
-
-
-def on_text(model: GPT, inputs: Array, targets: Array) -> Any:
-    """Mean cross-entropy with the text."""
-    return F.cross_entropy(model(inputs).reshape(-1, BYTES), targets.reshape(-1))
+            log(f"step {step + 1} of {config.steps}: loss {nats:.3f} nats")
+    return training.model.eval()
 
 
 def on_target(target: GPT) -> Loss:

@@ -21,12 +21,12 @@ from mini_nn.nn import functional as F
 from mini_nn.optim import AdamW, clip_grad_norm_
 from models.data import corpus
 from models.gpt import GPT, GPTConfig
-from models.studies.gpt import GPTStudyConfig, batches, codes
+from models.studies.text import TextConfig, batches, codes
 from tests import device
 from tests.support import assert_close, host
 
 SIZES = GPTConfig(256, 16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.1)
-STUDY = GPTStudyConfig(steps=4, context=8, batch=3)
+STUDY = TextConfig(steps=4, context=8, batch=3)
 
 
 class Device(NamedTuple):

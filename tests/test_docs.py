@@ -13,6 +13,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import mini_nn
+from models.gpt import GPT
 from models.studies import Study, deformable, gpt, initialization, speculative
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
     made = json.loads((ROOT / "docs" / "figures" / "gpt.json").read_text(encoding="utf-8"))
     assert made["config"] == asdict(gpt.STUDY.full) and made["budget"] == "full"
     metrics = made["metrics"]
-    model = gpt.build(gpt.STUDY.full, mini_nn.Rng(0))
+    model = GPT(gpt.STUDY.full.sizes(), mini_nn.Rng(0))
     assert metrics["parameters"] == model.num_parameters() and f"{metrics['parameters']:,}" in page
     quoted = {"validation": "**{:.2f}**", "gzip": "gzip ({:.2f})", "LZMA": "LZMA ({:.2f})"}
     for name, text in {**quoted, "bzip2": "bzip2 ({:.2f})"}.items():

@@ -8,135 +8,37 @@ of Printed English*; the text is ASCII, so characters are bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 import mini_nn
 from mini_nn import Rng, backend
-from mini_nn.backend import Array
-from mini_nn.nn import functional as F
-from mini_nn.nn.residual import decay_groups
-from mini_nn.optim import AdamW, Schedule, clip_grad_norm_, warmup_cosine
 
 from ..data import corpus, split
-from ..gpt import GPT, GPTConfig
+from ..gpt import GPT
 from . import baselines, plot
-from .base import Config, Result, Study
+from .base import Result, Study
 from .session import Session
+from .text import TextConfig, Training, by_position, codes, score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BYTES = 256
-EVAL_BATCH = 64
-"""Windows that are scored at a time: enough for the matrix products, little memory."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class GPTStudyConfig(Config):
-    """What is trained, and how.
+class GPTStudyConfig(TextConfig):
+    """What is trained, and how; the model's sizes and the recipe are those of ``TextConfig``.
 
     Args:
-        corpus: a name of ``models.data.corpus``.
-        n_layer, n_head, n_embd, context, dropout: of the model; context is in bytes.
-        batch: windows of ``context`` bytes per step.
-        lr: the largest learning rate, reached after ``warmup`` of the steps, then a cosine to a
-            tenth of it.
-        weight_decay: of the matrices; biases and gains have none.
         evaluations: how often the validation text is scored, evenly spread, at the end too.
         sample_bytes: the length of the sample.
         temperature, prompt: of the sample.
     """
 
-    corpus: str = "shakespeare"
-    n_layer: int = 2
-    n_head: int = 3
-    n_embd: int = 96
-    context: int = 32
-    dropout: float = 0.0
-    batch: int = 16
-    lr: float = 6e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.1
     evaluations: int = 10
     sample_bytes: int = 600
     temperature: float = 0.8
     prompt: str = "HAMLET\n"
-
-    def __post_init__(self) -> None:
-        if self.context < 2:
-            raise ValueError(f"a context has at least 2 bytes, got {self.context}")
-
-
-def build(config: GPTStudyConfig, rng: Rng) -> GPT:
-    """The untrained model."""
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop"), config.dropout)
-    sizes = GPTConfig(BYTES, config.context, config.n_embd, config.n_layer, config.n_head, **rates)
-    return GPT(sizes, rng)
-
-
-def groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters with weight decay (matrices and tables) and those without."""
-    return decay_groups(model.parameters(), weight_decay)
-
-
-def codes(text: bytes) -> Array:
-    """The bytes as integers on the current backend, shape (len(text),)."""
-    return backend.current().xp.asarray(np.frombuffer(text, np.uint8).astype("int64"))
-
-
-def batches(text: Array, config: GPTStudyConfig, rng: Rng) -> tuple[Array, Array]:
-    """``batch`` windows from random places, and the same ones a byte later: what is to be said."""
-    starts = rng.integers(0, len(text) - config.context, (config.batch, 1))
-    places = starts + backend.of(text).arange(config.context)
-    return text[places], text[places + 1]
-
-
-def windows(train: bytes, text: bytes, context: int) -> Iterator[tuple[Array, Array]]:
-    """Batches of (input, target) in which each byte of ``text`` is the target exactly once.
-
-    The input is the text one byte earlier, so the first byte is predicted from the last of
-    ``train``; nothing is seen across the edge of a window, and the last window may be shorter.
-    """
-    before, after = codes(train[-1:] + text[:-1]), codes(text)
-    whole = len(text) // context * context
-    inputs, targets = (x[:whole].reshape(-1, context) for x in (before, after))
-    for start in range(0, len(inputs), EVAL_BATCH):
-        yield inputs[start : start + EVAL_BATCH], targets[start : start + EVAL_BATCH]
-    if whole < len(text):
-        yield before[None, whole:], after[None, whole:]
-
-
-def score(model: GPT, train: bytes, text: bytes) -> Any:
-    """The bits that the model needs for each byte of ``text``: a host array, (len(text),)."""
-    model.eval()
-    losses = []
-    with mini_nn.no_grad():
-        for inputs, targets in windows(train, text, model.config.n_positions):
-            logits = model(inputs).reshape(-1, BYTES)
-            nats = F.cross_entropy(logits, targets.reshape(-1), reduction="none")
-            losses.append(backend.to_host(nats.data))
-    model.train()
-    return baselines.bits(1.0) * np.concatenate(losses).astype("float64")
-
-
-def by_position(scores: Any, context: int) -> list[tuple[int, int, float]]:
-    """(first, last, bits): the mean over the targets that have first … last bytes before them."""
-    seen = np.arange(len(scores)) % context + 1
-    edges = [1]
-    while edges[-1] < context:
-        edges.append(min(2 * edges[-1], context))
-    spans = [(1, 1), *((low + 1, high) for low, high in pairwise(edges))]
-    return [
-        (a, b, float(scores[(seen >= a) & (seen <= b)].mean()))
-        for a, b in spans
-        if (seen >= a).any()
-    ]
 
 
 def sample(model: GPT, config: GPTStudyConfig, rng: Rng) -> str:
@@ -165,33 +67,20 @@ def run(config: GPTStudyConfig, session: Session) -> Result:
     mini_nn.tune_allocator()
     train, held_out = split(corpus(config.corpus))
     weights_rng, batch_rng, sample_rng = Rng(config.seed).split(3)
-    model = build(config, weights_rng)
-    optimizer = AdamW(groups(model, config.weight_decay), config.lr, betas=(0.9, 0.99))
-    shape = partial(
-        warmup_cosine, warmup=int(config.warmup * config.steps), total=config.steps, min_ratio=0.1
-    )
-    schedule = Schedule(optimizer, shape)
-    text = codes(train)
-    loop = session.loop(
-        config.steps, model, optimizer, schedule=schedule, rngs={"batches": batch_rng}
-    )
+    model = GPT(config.sizes(), weights_rng)
+    training = Training(model, train, config, batch_rng)
+    loop = session.loop(config.steps, **training.parts())
     due = {round(k * config.steps / config.evaluations) for k in range(1, config.evaluations + 1)}
     scores = None
     for step in loop:
         with session.timed("training"):
-            inputs, targets = batches(text, config, batch_rng)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs).reshape(-1, BYTES), targets.reshape(-1))
-            loss.backward()
-            clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            loss = training.step()
         if step + 1 in due:
             with session.timed("evaluation"):
                 scores = score(model, train, held_out)
             loop.record(
                 step=step + 1,
-                training=baselines.bits(float(backend.to_host(loss.data))),
+                training=baselines.bits(loss),
                 validation=float(scores.mean()),
             )
     if scores is None:  # resumed after the last step

@@ -32,9 +32,9 @@ from ..data import corpus, split
 from ..gpt import GPT, Block, GPTConfig
 from . import baselines
 from .base import Config, Result, Study
-from .gpt import BYTES, batches, codes
 from .initialization_figure import CAPTION, draw
 from .session import Session
+from .text import BYTES, batches, codes
 
 DIMENSIONS = (16, 64, 256, 1024)
 """Of the heads whose attention is looked at."""

@@ -34,7 +34,7 @@ def test_their_sizes_are_the_recipes(xp: Any) -> None:
         assert (sizes.n_layer, sizes.n_head, sizes.n_embd, sizes.n_positions) == (
             config.n_layer, config.n_head, config.n_embd, config.context,
         )  # fmt: skip
-        assert model.num_parameters() == pair.build(config, Rng(0)).num_parameters()
+        assert model.num_parameters() == GPT(config.sizes(), Rng(0)).num_parameters()
 
 
 def test_the_draft_saves_two_calls_of_three_and_changes_nothing(xp: Any) -> None:
@@ -62,7 +62,7 @@ def test_the_recipe_trains_and_stores_what_loads(
 def test_distilling_pulls_towards_the_target(xp: Any) -> None:
     """The loss is the forward KL and the target's entropy: least for the target itself."""
     config = replace(pair.TARGET, n_layer=1, n_embd=8, n_head=2, context=8)
-    target, other = pair.build(config, Rng(0)).eval(), pair.build(config, Rng(1)).eval()
+    target, other = GPT(config.sizes(), Rng(0)).eval(), GPT(config.sizes(), Rng(1)).eval()
     ids = xp.asarray([[1, 2, 3], [4, 5, 6]])
     loss = pair.on_target(target)
     assert float(host(loss(other, ids, ids))) > float(host(loss(target, ids, ids)))

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import models.studies
 from mini_nn import Rng, nn, ops, optim
 from models import data
+from models.gpt import GPT
 from models.studies import (
     Config,
     Session,
@@ -34,6 +35,7 @@ from models.studies import (
     plot,
     session,
 )
+from models.studies import text as texts
 from tests.support import assert_close, host
 
 TEXTS = st.binary(min_size=2, max_size=40).map(lambda text: bytes(b % 5 + 97 for b in text))
@@ -137,35 +139,35 @@ def test_each_held_out_byte_is_a_target_once_and_follows_its_input(
     count: int, context: int
 ) -> None:
     train, text = b"abc", bytes(range(count))
-    parts = [(host(x), host(y)) for x, y in gpt.windows(train, text, context)]
+    parts = [(host(x), host(y)) for x, y in texts.windows(train, text, context)]
     assert all(x.shape == y.shape and x.shape[1] <= context for x, y in parts)
     assert [*np.concatenate([y.reshape(-1) for _, y in parts])] == [*text]
     assert [*np.concatenate([x.reshape(-1) for x, _ in parts])] == [*(train[-1:] + text[:-1])]
 
 
 def test_scores_are_those_of_one_prediction_at_a_time() -> None:
-    model = gpt.build(TINY, Rng(1))
+    model = GPT(TINY.sizes(), Rng(1))
     train, text = b"to be, or not", b" to be: that is"
     whole, wanted = train[-1:] + text, []
     for i, byte in enumerate(text):
         start = i // TINY.context * TINY.context
         logits = host(model([[*whole[start : i + 1]]]))[0, -1].astype("float64")
         wanted.append((np.log(np.exp(logits).sum()) - logits[byte]) / math.log(2))
-    assert_close(gpt.score(model, train, text), np.array(wanted), rtol=1e-4)
+    assert_close(texts.score(model, train, text), np.array(wanted), rtol=1e-4)
 
 
 def test_a_score_does_not_depend_on_what_comes_later() -> None:
-    model = gpt.build(TINY, Rng(1))
-    first = gpt.score(model, b"a", b"what comes")
-    second = gpt.score(model, b"a", b"what goes ")
+    model = GPT(TINY.sizes(), Rng(1))
+    first = texts.score(model, b"a", b"what comes")
+    second = texts.score(model, b"a", b"what goes ")
     assert_close(first[:5], second[:5], rtol=0, atol=0)
     assert abs(first[5] - second[5]) > 1e-6  # the byte itself differs: the test can fail
 
 
 def test_batches_are_from_the_training_text_only_and_targets_are_one_later() -> None:
-    text = gpt.codes(bytes(range(20)))
+    text = texts.codes(bytes(range(20)))
     config = replace(TINY, batch=2000)
-    inputs, targets = (host(x) for x in gpt.batches(text, config, Rng(0)))
+    inputs, targets = (host(x) for x in texts.batches(text, config, Rng(0)))
     assert inputs.shape == targets.shape == (2000, 6)
     assert (targets == inputs + 1).all()
     assert (np.diff(inputs, axis=1) == 1).all()
@@ -175,12 +177,12 @@ def test_batches_are_from_the_training_text_only_and_targets_are_one_later() -> 
 
 def test_bits_by_position_split_the_scores_by_what_was_visible() -> None:
     scores = np.array([9, 4, 2, 2, 1, 9, 4, 2, 2, 1, 9], dtype="float64")
-    assert gpt.by_position(scores, 5) == [(1, 1, 9.0), (2, 2, 4.0), (3, 4, 2.0), (5, 5, 1.0)]
+    assert texts.by_position(scores, 5) == [(1, 1, 9.0), (2, 2, 4.0), (3, 4, 2.0), (5, 5, 1.0)]
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
-    model = gpt.build(TINY, Rng(0))
-    decayed, plain = gpt.groups(model, 0.1)
+    model = GPT(TINY.sizes(), Rng(0))
+    decayed, plain = texts.groups(model, 0.1)
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in plain["params"]} == {1}
     assert len(decayed["params"]) + len(plain["params"]) == len([*model.parameters()])
@@ -189,12 +191,12 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_a_sample_begins_with_the_prompt_and_has_the_length_asked_for() -> None:
     config = replace(TINY, prompt="HAMLET\n")
-    model = gpt.build(config, Rng(0))
+    model = GPT(config.sizes(), Rng(0))
     model.transformer.wte.weight.data[127:] = 0.0  # other bytes than ASCII become unlikely
-    texts = [gpt.sample(model, config, Rng(seed)) for seed in (3, 3, 4)]
-    assert texts[0].startswith("HAMLET\n")
-    assert texts[0] == texts[1] != texts[2]
-    assert len(texts[0]) <= 7 + 20  # a character may take several bytes
+    samples = [gpt.sample(model, config, Rng(seed)) for seed in (3, 3, 4)]
+    assert samples[0].startswith("HAMLET\n")
+    assert samples[0] == samples[1] != samples[2]
+    assert len(samples[0]) <= 7 + 20  # a character may take several bytes
 
 
 def test_the_study_learns_more_than_the_frequencies_of_letters(tmp_path: Path) -> None:
