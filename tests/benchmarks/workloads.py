@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 ALL = ("torch", "autograd", "mygrad")
 
-PACKAGES = {"grid_sample": "torch"}
+PACKAGES = {"grid_sample": "torch", "sdpa": "torch"}
 """What has to be installed for a peer that is not called like a package."""
 
-OURS = ("cached_decode",)
+OURS = ("cached_decode", "dense")
 """Peers that are other ways to do it with our own code."""
 
-FIGURES = ("overhead",)
-"""Peers that are none: the figure itself, a share, stands where the ratio does."""
+FIGURES = ("overhead", "exponent", "memory")
+"""Peers that are none: the figure itself, a share or a slope, stands where the ratio does."""
 
-ON_TORCH = ("torch", "torchvision", "grid_sample")
+ON_TORCH = ("torch", "torchvision", "grid_sample", "sdpa")
 """Peers whose threads are torch's."""
 
 
@@ -59,6 +59,11 @@ _LIST = [
     Workload("deform_conv2d", "deform_conv", ("torchvision", "grid_sample"), rounds=15),
     Workload("deformable_attention", "deformable_attention", ("grid_sample",), rounds=9),
     Workload("speculative", "speculative", ("cached_decode", "overhead"), rounds=9),
+    Workload("linear_attention", "linear_attention", ("torch", "sdpa", "exponent"), rounds=9),
+    *(
+        Workload(name, "softmax_blocks", ("dense", "torch", "memory"))
+        for name in ("softmax_blocks", "softmax_blocks_causal")
+    ),
     Workload("primitives", "primitives", ("torch",), rounds=9),
     *(Workload(f"primitives.{p}", "primitives", ("torch",), rounds=9) for p in PRIMITIVES),
     Workload("op_overhead", "overhead", ALL, unit="us", rounds=25, threads=(1,)),
