@@ -66,6 +66,12 @@ def hashed(strict: bool) -> Method:
     return method
 
 
+def projected(query: Any, key: Any, value: Any, is_causal: bool) -> Any:
+    """Linformer from 17 tokens to 4 mixtures."""
+    e, f = Rng(58).normal((2, 4, key.shape[-2]), dtype=query.dtype)
+    return A.linformer_attention(query, key, value, e, f, is_causal=is_causal)
+
+
 SAME_SIZE = (A.elu_plus_one, A.softmax_features)
 
 CAUSAL: dict[str, Method] = {
@@ -115,6 +121,8 @@ NEED_ALL_TOKENS = {
 WHOLE: dict[str, Method] = {
     "efficient": A.efficient_attention,
     "A²-Nets": A.double_attention,
+    "Linformer": projected,
+    "Nyströmformer": partial(A.nystrom_attention, landmarks=4),
     "released FAVOR+": with_rates(A.released_favor_attention, projection=projection),
 }
 """What looks at the whole sequence by its nature, and refuses ``is_causal``."""
