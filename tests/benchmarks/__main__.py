@@ -87,7 +87,7 @@ def compare(workload: Workload, peer: str, threads: int, rounds: int) -> Row:
         finally:
             worker.close()
         figure = statistics.median(figures[workload.warmup :])
-        return Row(workload.name, peer, threads, figure, figure, 1.0, "share")
+        return Row(workload.name, peer, threads, figure, figure, 1.0, FIGURES[peer])
     package = "mini_nn" if peer in OURS else PACKAGES.get(peer, peer)
     if importlib.util.find_spec(package) is None:
         missing = f"{package} is not installed"

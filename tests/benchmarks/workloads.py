@@ -11,11 +11,11 @@ ALL = ("torch", "autograd", "mygrad")
 PACKAGES = {"grid_sample": "torch", "sdpa": "torch"}
 """What has to be installed for a peer that is not called like a package."""
 
-OURS = ("cached_decode", "dense")
+OURS = ("cached_decode", "dense", "recurrent")
 """Peers that are other ways to do it with our own code."""
 
-FIGURES = ("overhead", "exponent", "memory")
-"""Peers that are none: the figure itself, a share or a slope, stands where the ratio does."""
+FIGURES = {"overhead": "share", "exponent": "slope", "memory": "share"}
+"""Peers that are none, with the unit of the figure that stands where the ratio does."""
 
 ON_TORCH = ("torch", "torchvision", "grid_sample", "sdpa")
 """Peers whose threads are torch's."""
@@ -63,6 +63,10 @@ _LIST = [
     *(
         Workload(name, "softmax_blocks", ("dense", "torch", "memory"))
         for name in ("softmax_blocks", "softmax_blocks_causal")
+    ),
+    *(
+        Workload(name, "recurrences", ("recurrent",), rounds=7)
+        for name in ("delta_rule", "gated_linear_attention")
     ),
     Workload("primitives", "primitives", ("torch",), rounds=9),
     *(Workload(f"primitives.{p}", "primitives", ("torch",), rounds=9) for p in PRIMITIVES),
