@@ -221,11 +221,9 @@ class FeedForward(Module):
 
     def forward(self, x: Any) -> Any:
         """(b, n, d) to the same."""
-        return (
-            nn.by_chunks(self.positions, x, self.chunk_size)
-            if self.chunk_size
-            else (self.positions(x))
-        )
+        if not self.chunk_size:
+            return self.positions(x)
+        return nn.by_chunks(self.positions, x, self.chunk_size)
 
 
 class Layer(nn.ReversibleBlock):

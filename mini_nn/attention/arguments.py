@@ -18,7 +18,9 @@ from .. import ops
 from ..engine import data_of
 from ..ops.elementwise import of
 
-__all__ = ["as_recurrence", "check_attention", "check_state"]
+__all__ = [
+    "as_recurrence", "check_attention", "check_key_mask", "check_state", "narrow", "wide",
+]  # fmt: skip
 
 
 def check_attention(query: Any, key: Any, value: Any) -> None:
@@ -35,6 +37,19 @@ def check_state(state: Any, is_causal: bool) -> None:
     """Raise ValueError if a state is given to a call that looks at the whole sequence."""
     if state is not None and not is_causal:
         raise ValueError("a state continues a sequence, so it needs is_causal=True")
+
+
+def check_key_mask(key_mask: Any, key: Any) -> None:
+    """Raise unless the mask has booleans for the keys, in a shape that broadcasts to (…, m)."""
+    shape, wanted = key_mask.shape, key.shape[:-1]
+    ends = zip(shape[::-1], wanted[::-1], strict=False)
+    if not 0 < len(shape) <= len(wanted) or any(a not in (1, b) for a, b in ends):
+        raise ValueError(f"key_mask has to broadcast to (…, m) = {wanted}, got {shape}")
+    if data_of(key_mask).dtype.kind != "b":
+        raise TypeError(
+            f"key_mask has booleans, true for real tokens, got dtype {key_mask.dtype}: compare "
+            "with != 0 first"
+        )
 
 
 def as_recurrence(
@@ -71,3 +86,13 @@ def _all(y: Any) -> Any:
 
 def _last(y: Any) -> Any:
     return y[..., -1:, :]
+
+
+def wide(x: Any) -> Any:
+    """float16 as float32; anything else as it is."""
+    return ops.astype(x, "float32") if x.dtype.itemsize == 2 else x
+
+
+def narrow(y: Any, like: Any) -> Any:
+    """Back to float16, if that is what came in."""
+    return ops.astype(y, like.dtype) if like.dtype.itemsize == 2 else y

@@ -35,8 +35,7 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import as_recurrence, check_attention
-from .linear import check_key_mask, narrow, wide
+from .arguments import as_recurrence, check_attention, check_key_mask, narrow, wide
 
 __all__ = [
     "EfficientState", "causal_efficient_attention", "distribute_features", "double_attention",

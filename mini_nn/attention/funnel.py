@@ -35,7 +35,7 @@ from ..engine import data_of
 from ..nn import LayerNorm, Linear, Module, ModuleList
 from ..ops.elementwise import of
 from ..rng import Rng
-from .linear import check_key_mask
+from .arguments import check_key_mask
 
 __all__ = ["Funnel", "FunnelLayer", "pool_sequence", "pooled_length", "upsample"]
 

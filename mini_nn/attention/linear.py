@@ -31,7 +31,7 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import check_attention, check_state
+from .arguments import check_attention, check_key_mask, check_state, narrow, wide
 from .chunked import chunked
 from .feature_maps import FeatureMap, elu_plus_one, map_pair
 
@@ -251,19 +251,6 @@ def _check(query: Any, key: Any, value: Any, key_mask: Any, is_causal: bool, sta
         check_key_mask(key_mask, key)
 
 
-def check_key_mask(key_mask: Any, key: Any) -> None:
-    """Raise unless the mask has booleans for the keys, in a shape that broadcasts to (…, m)."""
-    shape, wanted = key_mask.shape, key.shape[:-1]
-    ends = zip(shape[::-1], wanted[::-1], strict=False)
-    if not 0 < len(shape) <= len(wanted) or any(a not in (1, b) for a, b in ends):
-        raise ValueError(f"key_mask has to broadcast to (…, m) = {wanted}, got {shape}")
-    if data_of(key_mask).dtype.kind != "b":
-        raise TypeError(
-            f"key_mask has booleans, true for real tokens, got dtype {key_mask.dtype}: compare "
-            "with != 0 first"
-        )
-
-
 def _features(
     query: Any, key: Any, value: Any, feature_map: FeatureMap, key_mask: Any
 ) -> tuple[Any, Any, Any]:
@@ -303,13 +290,3 @@ def _quotient(sums: Any, eps: float, like: Any) -> Any:
     total = sums[..., -1:] + eps if eps else sums[..., -1:]
     total = ops.where(data_of(total) == 0, float("inf"), total)
     return narrow(sums[..., :-1] / total, like)
-
-
-def wide(x: Any) -> Any:
-    """float16 as float32; anything else as it is."""
-    return ops.astype(x, "float32") if x.dtype.itemsize == 2 else x
-
-
-def narrow(y: Any, like: Any) -> Any:
-    """Back to float16, if that is what came in."""
-    return ops.astype(y, like.dtype) if like.dtype.itemsize == 2 else y

@@ -36,8 +36,7 @@ from .. import ops
 from ..backend import Array
 from ..nn.module import Module, Parameter
 from ..rng import Rng, default_rng
-from .arguments import check_attention
-from .linear import check_key_mask, narrow, wide
+from .arguments import check_attention, check_key_mask, narrow, wide
 
 __all__ = ["LinformerAttention", "linformer_attention"]
 

@@ -42,8 +42,7 @@ from ..engine import data_of, primitive
 from ..nn import Conv2d, Module
 from ..ops.elementwise import of
 from ..rng import Rng
-from .arguments import check_attention
-from .linear import check_key_mask, narrow, wide
+from .arguments import check_attention, check_key_mask, narrow, wide
 
 __all__ = [
     "NystromAttention", "exact_pinv", "iterative_pinv", "matrix_start", "nystrom_attention",

@@ -47,9 +47,8 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import check_attention, check_state
+from .arguments import check_attention, check_key_mask, check_state
 from .chunked import chunked
-from .linear import check_key_mask
 from .random_features import (
     exponential_log_features,
     generalized_features,

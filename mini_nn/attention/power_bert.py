@@ -38,7 +38,7 @@ from ..engine import data_of
 from ..nn import LayerNorm, Linear, Module, Parameter
 from ..ops.elementwise import of
 from ..rng import Rng
-from .linear import check_key_mask
+from .arguments import check_key_mask
 
 __all__ = [
     "PowerLayer", "SoftExtract", "extract", "retention_configuration", "retention_loss",

@@ -22,7 +22,7 @@ from .. import ops
 from ..backend import Array
 from ..nn import Conv1d, Linear, Module
 from ..rng import Rng
-from .linear import check_key_mask
+from .arguments import check_key_mask
 
 __all__ = ["StridedFeedForward"]
 
