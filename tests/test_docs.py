@@ -14,7 +14,15 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import mini_nn
 from models.gpt import GPT
-from models.studies import Study, deformable, gpt, initialization, speculative
+from models.studies import (
+    Study,
+    deformable,
+    gpt,
+    initialization,
+    linear_attention,
+    performer,
+    speculative,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,6 +83,66 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
             "{}_bits_per_character",
         ),
         (
+            "03-linear-attention.md",
+            linear_attention.STUDY,
+            [
+                *(f"{kind}_time_exponent" for kind in ("softmax_in_blocks", "linear_in_chunks")),
+                *(
+                    f"{kind}_milliseconds_at_16384:,.0f"
+                    for kind in ("softmax_in_blocks", "linear_in_chunks")
+                ),
+                *(
+                    f"{kind}_mebibytes_at_16384:.0f"
+                    for kind in ("softmax_in_blocks", "linear_in_chunks")
+                ),
+                *(f"linear_error_of_{n}_written_pairs" for n in (32, 128)),
+                *(f"theory_linear_error_of_{n}_pairs" for n in (32, 128)),
+                *(f"delta_rule_error_of_{n}_written_pairs" for n in (32, 128)),
+                "mesa_error_of_128_written_pairs",
+                "elu_plus_1_error_of_32_written_pairs",
+                *(
+                    f"{kind}_bits_per_character"
+                    for kind in ("softmax", "elu_plus_1", "performer", "gated_delta")
+                ),
+                *(
+                    f"{kind}_milliseconds_of_a_token_after_4096:.1f"
+                    for kind in ("softmax", "elu_plus_1", "performer", "gated_delta")
+                ),
+            ],
+            "{}",
+        ),
+        (
+            "07-performer.md",
+            performer.STUDY,
+            [
+                *(
+                    f"{kind}_median_measured_over_theory"
+                    for kind in ("trigonometric", "positive", "hyperbolic", "positive_orthogonal")
+                ),
+                "positive_independent_exponent_at_0_25",
+                "positive_orthogonal_exponent_at_0_25",
+                "positive_orthogonal_exponent_at_1",
+                "positive_orthogonal_error_of_64_at_1:.1f",
+                "positive_orthogonal_error_of_1024_at_1:.1f",
+                "trigonometric_orthogonal_error_of_64_at_0_25",
+                "positive_orthogonal_error_of_64_at_0_25",
+                "trigonometric_orthogonal_error_of_64_at_1:.0f",
+                "orthogonal_at_8",
+                "raw_qr_u_positive_at_8",
+                "raw_qr_u_negative_at_8",
+                "raw_qr_u_positive_at_64",
+                "raw_qr_u_negative_at_64",
+                *(
+                    f"{law}_at_8"
+                    for law in ("all_of_length_root_d", "quantiles", "midpoints", "jittered")
+                ),
+                "one_maximum_of_all_keys_leak",
+                "tokens_from_which_it_is_faster:,.0f",
+                "tokens_from_which_it_is_faster_causal:,.0f",
+            ],
+            "{}",
+        ),
+        (
             "09-speculative-decoding.md",
             speculative.STUDY,
             [
@@ -113,14 +181,15 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
 def test_the_numbers_of_an_article_are_those_of_the_run_that_made_its_figure(
     page: str, study: Study, quoted: list[str], places: str
 ) -> None:
-    """They stand in the section on the study in this order."""
+    """They stand in the section on the study in this order, to two places if nothing is said."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     section = text.partition("## What came out")[2].partition("\n## ")[0]
     made = json.loads((ROOT / "docs" / "figures" / f"{study.name}.json").read_text("utf-8"))
     assert made["config"] == asdict(study.full) and made["budget"] == "full"
     start = 0
-    for name in quoted:
-        number = f"{made['metrics'][places.format(name)]:.2f}"
+    for metric in quoted:
+        name, _, digits = metric.partition(":")
+        number = format(made["metrics"][places.format(name)], digits or ".2f")
         start = section.find(number, start) + 1
         assert start, f"{name}: {number} is not where it should be"
 
@@ -128,7 +197,7 @@ def test_the_numbers_of_an_article_are_those_of_the_run_that_made_its_figure(
 def test_the_claims_of_the_studies_hold_in_the_runs_that_made_their_figures() -> None:
     metrics = {
         name: json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text("utf-8"))["metrics"]
-        for name in ("deformable", "initialization")
+        for name in ("deformable", "initialization", "linear_attention", "performer")
     }
     discs = metrics["deformable"]
     for kind in ("dcn_v1", "dcn_v2", "attention"):
@@ -139,3 +208,24 @@ def test_the_claims_of_the_studies_hold_in_the_runs_that_made_their_figures() ->
     assert bits["post_norm_bits_per_character"] > unigram - 0.1
     for arm in ("post_norm_warm_up", "pre_norm", "deepnorm", "rezero"):
         assert bits[f"{arm}_bits_per_character"] < unigram - 0.5
+    linear = metrics["linear_attention"]
+    assert linear["linear_in_chunks_time_exponent"] <= 1.1
+    assert linear["softmax_in_blocks_time_exponent"] > 1.7
+    assert linear["softmax_dense_memory_exponent"] > 1.7
+    for n in (32, 128):
+        error = linear[f"linear_error_of_{n}_written_pairs"]
+        assert abs(error / linear[f"theory_linear_error_of_{n}_pairs"] - 1) < 0.05
+        assert linear[f"delta_rule_error_of_{n}_written_pairs"] < error
+    rewritten = [linear[f"{k}_error_of_32_rewritten_pairs"] for k in ("delta_rule", "mesa")]
+    assert rewritten[0] < rewritten[1] < linear["linear_error_of_32_rewritten_pairs"]
+    assert linear["mesa_error_of_64_written_pairs"] < 0.02
+    assert linear["softmax_rank"] == linear["elu_plus_1_causal_rank"] == 200
+    assert linear["elu_plus_1_rank"] == linear["double_softmax_rank"] == 8
+    assert linear["1_plus_cosine_rank"] == 9
+    extra = linear["gated_delta_parameters"] / linear["softmax_parameters"] - 1
+    assert 0.07 < extra < 0.09
+    random = metrics["performer"]
+    for kind in ("trigonometric", "positive", "hyperbolic", "positive_orthogonal"):
+        assert abs(random[f"{kind}_median_measured_over_theory"] - 1) < 0.1
+    assert random["running_maximum_leak"] == 0.0 < 0.5 < random["one_maximum_of_all_keys_leak"]
+    assert abs(random["orthogonal_at_8"] - 1) < 0.03
