@@ -31,7 +31,7 @@ def performer(
     """A GPT with a ``PerformerAttention`` in each block; its last three arguments are the layer's.
 
     A GPT's checkpoint lacks only the projections: ``load_state_dict(state, strict=False)`` takes
-    it.  Pads are refused.
+    it.  Pads are refused, and when the model is made what names features that there are not.
     """
     rng = Rng(0) if rng is None else rng
     d, k = config.n_embd // config.n_head, redraw_interval

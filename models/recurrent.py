@@ -20,7 +20,7 @@ from mini_nn import Rng, backend
 from mini_nn.backend import Array
 from mini_nn.nn import Module
 
-from .generation import KVCache, LayerCache, at_home
+from .generation import KVCache, LayerCache, as_ids, at_home
 from .gpt import GPT, Block, CausalSelfAttention, split_heads
 from .gpt_config import GPTConfig
 
@@ -118,8 +118,9 @@ class Carried(Module):
             raise ValueError("a recurrence takes in every token: pads cannot be hidden from it")
         if cache is None:
             return self.mixer(x)
-        _, cache.length = cache.place(x.shape[1])
+        _, stop = cache.place(x.shape[1])
         y, cache.state = self.mixer(x, state=cache.state)
+        cache.length = stop  # not before: a call that the mixer refuses leaves all as it was
         return y
 
 
@@ -133,9 +134,17 @@ class RecurrentGPT(GPT):
         config: sizes and options.
         mixer: makes the mixer of a block, ``mixer(config, rng)``.
         rng: for the initial weights and dropout; None for ``Rng(0)``.
+
+    Raises:
+        ValueError: dropout on the attention's weights (``attn_pdrop``), which no recurrence has.
     """
 
     def __init__(self, config: GPTConfig, mixer: Mixer, rng: Rng | None = None) -> None:
+        if config.attn_pdrop > 0.0:
+            raise ValueError(
+                "a recurrence has no weights of pairs to drop: set attn_pdrop to 0, got "
+                f"{config.attn_pdrop}"
+            )
         rng = Rng(0) if rng is None else rng
         blocks = [
             Block(config, rng, attn=Carried(mixer(config, rng))) for _ in range(config.n_layer)
@@ -157,13 +166,15 @@ class RecurrentGPT(GPT):
         """As ``GPT.forward``, without pads and without a mask.
 
         Raises:
-            ValueError: there is a pad, or a mask.
+            ValueError: there is a pad, or a mask; or ``attention_mask`` has not the shape of
+                ``ids``.
         """
         if mask is not None:
             raise ValueError("a recurrence takes in every token: a mask cannot hide any from it")
         if attention_mask is not None:
-            real = at_home(attention_mask, self.transformer.wte.weight.data) != 0
-            attention_mask = None if bool(real.all()) else real
+            ids = as_ids(ids, self.transformer.wte.weight.data)
+            real = at_home(attention_mask, ids) != 0
+            attention_mask = None if real.shape == ids.shape and bool(real.all()) else real
         return super().forward(ids, attention_mask, cache, positions)
 
 

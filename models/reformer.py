@@ -57,7 +57,8 @@ class ReformerConfig:
         strict: see ``lsh_attention``.
 
     Raises:
-        ValueError: an unknown kind of layer, or widths of positions that do not add up.
+        ValueError: an unknown kind of layer, widths of positions that do not add up, chunks of
+            less than one token.
     """
 
     vocab_size: int = 256
@@ -82,6 +83,13 @@ class ReformerConfig:
         unknown = {*self.attn_layers} - {"local", "lsh"}
         if unknown:
             raise ValueError(f"attn_layers are 'local' or 'lsh', got {sorted(unknown)}")
+        chunks = self.local_attn_chunk_length, self.lsh_attn_chunk_length
+        if min(chunks) < 1 or self.chunk_size_feed_forward < 0:
+            raise ValueError(
+                "a chunk has at least one token, and chunk_size_feed_forward is 0 for all, got "
+                f"local_attn_chunk_length={chunks[0]}, lsh_attn_chunk_length={chunks[1]} and "
+                f"chunk_size_feed_forward={self.chunk_size_feed_forward}"
+            )
         if self.axial_pos_embds_dim and sum(self.axial_pos_embds_dim) != self.hidden_size:
             raise ValueError(
                 f"axial_pos_embds_dim {self.axial_pos_embds_dim} has to add up to the width "
@@ -93,7 +101,15 @@ def local_attention(query: Any, key: Any, value: Any, chunk_size: int) -> Any:
     """Causal softmax attention to the own chunk and the one before: to the last m … 2m − 1 tokens.
 
     (…, n, d), (…, n, d), (…, n, e) → (…, n, e); the last chunk may be shorter than m.
+
+    Raises:
+        ValueError: the shapes do not fit, or m is below 1.
     """
+    if query.shape != key.shape or value.shape[:-1] != key.shape[:-1] or chunk_size < 1:
+        raise ValueError(
+            "local attention takes query and key (…, n, d), value (…, n, e) and chunks of at least "
+            f"one token, got {query.shape}, {key.shape}, {value.shape} and chunk_size={chunk_size}"
+        )
     *lead, n, _ = query.shape
     m = max(1, min(chunk_size, n))
     count = -(-n // m)
@@ -124,9 +140,15 @@ class AxialPositions(Module):
         setattr(self.weights, "1", Parameter(rng.normal((1, w, d2))))
 
     def forward(self, n: int) -> Any:
-        """The first n positions."""
+        """The first n positions.
+
+        Raises:
+            ValueError: there are not so many.
+        """
         a, b = self.weights.parameters()
         h, w = a.shape[0], b.shape[1]
+        if n > h * w:
+            raise ValueError(f"tables of {h} and {w} rows make {h * w} positions, wanted {n}")
         parts = [ops.broadcast_to(x, (h, w, x.shape[-1])) for x in (a, b)]
         return ops.concatenate(parts, axis=-1).reshape(h * w, -1)[:n]
 

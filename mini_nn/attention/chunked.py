@@ -13,6 +13,8 @@ inside a chunk, with e_i = γ_1 … γ_i                  (γ constant); Dao & G
 over j < t ≤ i that start anew for each j: neither a quotient of two products, which overflows, nor
 a difference of two sums, which cancels.  So γ_t = 0 (a logarithm of −inf) is allowed.
 
+Deviations: float16 is summed in float32: the outputs are float16 again, the states stay float32.
+
 The rules of ``chunked``, with Ā for the gradient of A, c for a chunk, S and S′ for its state before
 and after, a_j = γ_{j+1} … γ_end and P = Ō Vᵀ ∘ D::
 
@@ -32,6 +34,7 @@ from .. import ops
 from ..engine import data_of, primitive
 from ..ops.elementwise import of
 from ..tape import Kept
+from .arguments import narrow, rate_of, wide
 
 __all__ = ["chunked", "recurrent"]
 
@@ -47,7 +50,7 @@ def recurrent(
         query: (…, n, d).
         key: (…, n, d).
         value: (…, n, e).
-        log_decay: log γ, broadcastable to (…, n), at most 0; None for γ = 1.
+        log_decay: log γ, a number or broadcastable to (…, n), at most 0; None for γ = 1.
         state: S₀, (…, d, e); None for 0.
 
     Returns:
@@ -56,12 +59,14 @@ def recurrent(
     Raises:
         ValueError: the shapes do not fit.
     """
+    like, (query, key, value) = value, map(wide, (query, key, value))
+    log_decay, state = rate_of(log_decay, query), rate_of(state, query)
     _check(query, key, value, log_decay, state)
     xp, n = of(data_of(query)), query.shape[-2]
     if state is None:
         state = xp.zeros(state_shape(key, value), value.dtype)
     if n == 0:
-        return xp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype), state
+        return xp.zeros(like.shape, like.dtype), state
     queries, keys, values = (ops.split(x, n, axis=-2) for x in (query, key, value))
     if log_decay is not None:
         decays = ops.split(ops.exp(ops.broadcast_to(log_decay, query.shape[:-1])), n, axis=-1)
@@ -71,7 +76,7 @@ def recurrent(
             state = state * decays[t][..., None]
         state = state + ops.matrix_transpose(keys[t]) * values[t]
         outputs.append(ops.matmul(queries[t], state))
-    return ops.concatenate(outputs, axis=-2), state
+    return narrow(ops.concatenate(outputs, axis=-2), like), state
 
 
 def _definition(
@@ -85,7 +90,6 @@ def _definition(
     return recurrent(query, key, value, log_decay, state)
 
 
-@primitive(composite=_definition)
 def chunked(
     query: Any,
     key: Any,
@@ -93,14 +97,14 @@ def chunked(
     log_decay: Any = None,
     state: Any = None,
     chunk_size: int = CHUNK,
-) -> Any:
+) -> tuple[Any, Any]:
     """``recurrent``, by matrix products over chunks: time and memory grow as n.
 
     Args:
         query: (…, n, d).
         key: (…, n, d).
         value: (…, n, e).
-        log_decay: log γ, broadcastable to (…, n), at most 0; None for γ = 1.
+        log_decay: log γ, a number or broadcastable to (…, n), at most 0; None for γ = 1.
         state: S₀, (…, d, e); None for 0.
         chunk_size: tokens in a chunk; need not divide n.  Inside a chunk the work grows as its
             square, and there is one step of Python for each chunk.
@@ -111,9 +115,17 @@ def chunked(
     Raises:
         ValueError: the shapes do not fit, or ``chunk_size`` is below 1.
     """
+    like, (query, key, value) = value, map(wide, (query, key, value))
+    log_decay, state = rate_of(log_decay, query), rate_of(state, query)
     _check(query, key, value, log_decay, state)
     if chunk_size < 1:
         raise ValueError(f"a chunk has at least one token, got chunk_size={chunk_size}")
+    y, last = _chunked(query, key, value, log_decay, state, chunk_size)
+    return narrow(y, like), last
+
+
+@primitive(composite=_definition)
+def _chunked(query: Any, key: Any, value: Any, log_decay: Any, state: Any, chunk_size: int) -> Any:
     xp, n = of(query), query.shape[-2]
     size = max(1, min(chunk_size, n))
     q, k, v = (in_chunks(xp, x, size) for x in (query, key, value))
@@ -126,7 +138,7 @@ def chunked(
     return Kept((in_a_row(y, n), last), states=states)
 
 
-@chunked.joint_derivative("query", "key", "value", "log_decay", "state")
+@_chunked.joint_derivative("query", "key", "value", "log_decay", "state")
 def _rule(
     g: Any,
     needs: Any,
@@ -237,7 +249,7 @@ def _check(query: Any, key: Any, value: Any, log_decay: Any, state: Any) -> None
     if log_decay is not None:
         shape, wanted = log_decay.shape, query.shape[:-1]
         ends = zip(shape[::-1], wanted[::-1], strict=False)
-        if not 0 < len(shape) <= len(wanted) or any(a not in (1, b) for a, b in ends):
+        if len(shape) > len(wanted) or any(a not in (1, b) for a, b in ends):
             raise ValueError(f"log_decay has to broadcast to (…, n) = {wanted}, got {shape}")
     if state is not None and state.shape != state_shape(key, value):
         raise ValueError(

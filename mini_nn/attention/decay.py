@@ -40,7 +40,8 @@ y e^{−p}, z e^{−p}; two stretches of text are joined by the larger of their 
 
 Deviations: neither form scales q by 1/√d, as the authors' code does; multiply q by it.  Mamba's
 skip D ∘ X, convolution and output gate belong to its block.  The paper's ``wkv`` runs token by
-token; here it is a scan, log n steps deep.
+token; here it is a scan, log n steps deep.  float16 is summed in float32: outputs are float16,
+states float32.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ from ..engine import data_of, primitive
 from ..nn import functional as F
 from ..ops.elementwise import of
 from ..tape import Kept
-from .arguments import as_recurrence
-from .chunked import chunked
+from .arguments import as_recurrence, check_lead, narrow, rate_of, wide, without_pads
+from .chunked import chunked, state_shape
 from .scan import Elements, associative_scan
 
 __all__ = [
@@ -87,11 +88,11 @@ def scalar_decay_attention(
         query: (…, n, d).
         key: (…, n, d).
         value: (…, n, e).
-        log_decay: log a, broadcastable to (…, n), at most 0; −inf forgets everything.
+        log_decay: log a, a number or broadcastable to (…, n), at most 0; −inf forgets everything.
         is_causal: may be False for one query only, which is the last token.
         state: None; or ``()`` or what the call before returned.
         key_mask: (…, n) booleans, true for real tokens; others are not written, nor is anything
-            forgotten at them.
+            forgotten at them, whatever they hold.
         chunk_size: see ``chunked``.
 
     Returns:
@@ -99,12 +100,14 @@ def scalar_decay_attention(
 
     Raises:
         ValueError: the shapes do not fit, or there are several queries without ``is_causal``.
+        TypeError: ``key_mask`` has no booleans.
     """
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
+    log_decay = rate_of(log_decay, query)
     if key_mask is not None:
-        real = of(data_of(key)).broadcast_to(data_of(key_mask), key.shape[:-1])
-        key = ops.where(real[..., None], key, 0.0)
-        log_decay = ops.where(real, log_decay, 0.0)
+        key, value = without_pads(key_mask, key, value)
+        log_decay = ops.where(data_of(key_mask), log_decay, 0.0)
     y, last = chunked(query, key, value, log_decay, state[0] if state else None, chunk_size)
     return rows(y) if state is None else (rows(y), DecayState(last))
 
@@ -116,14 +119,16 @@ def mamba_decay(x: Array, log_rate: Array, bias: Array | float = 0.0) -> tuple[A
 
     Args:
         x: any shape.
-        log_rate: A, broadcastable to it.
+        log_rate: A, a number or broadcastable to it.
         bias: b, likewise.
 
     Returns:
         Δ, which is positive, and log a, which is negative, of the shape to which all broadcast.
     """
-    step = ops.softplus(x + bias)
-    return step, -ops.exp(log_rate) * step
+    like, x = x, wide(x)
+    step = ops.softplus(x + rate_of(bias, x))
+    log_decay = -ops.exp(rate_of(log_rate, x)) * step
+    return narrow(step, like), narrow(log_decay, like)
 
 
 def gla_log_gate(x: Array, temperature: float = 16.0) -> Array:
@@ -134,7 +139,8 @@ def gla_log_gate(x: Array, temperature: float = 16.0) -> Array:
     """
     if temperature <= 0.0:
         raise ValueError(f"the temperature of a gate is positive, got {temperature}")
-    return F.logsigmoid(x) * (1.0 / temperature)
+    wider = wide(x)
+    return narrow(F.logsigmoid(wider) * rate_of(1.0 / temperature, wider), x)
 
 
 def gated_linear_attention(
@@ -155,11 +161,11 @@ def gated_linear_attention(
         query: (…, n, d).
         key: (…, n, d).
         value: (…, n, e).
-        log_gate: log α, broadcastable to (…, n, d), at most 0; −inf forgets a channel.
+        log_gate: log α, a number or broadcastable to (…, n, d), at most 0; −inf forgets a channel.
         is_causal: may be False for one query only, which is the last token.
         state: None; or ``()`` or what the call before returned.
         key_mask: (…, n) booleans, true for real tokens; others are not written, nor is anything
-            forgotten at them.
+            forgotten at them, whatever they hold.
         chunk_size: c; it need not divide n.
 
     Returns:
@@ -167,15 +173,20 @@ def gated_linear_attention(
 
     Raises:
         ValueError: the shapes do not fit, or there are several queries without ``is_causal``.
+        TypeError: ``key_mask`` has no booleans.
     """
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
-    _check(query, key, value, log_gate, state[0] if state else None)
+    like, (query, key, value) = value, map(wide, (query, key, value))
+    log_gate, start = rate_of(log_gate, query), rate_of(state[0] if state else None, query)
+    _check(query, key, value, log_gate, start)
     log_gate = ops.broadcast_to(log_gate, key.shape)
     if key_mask is not None:
-        real = of(data_of(key)).broadcast_to(data_of(key_mask), key.shape[:-1])[..., None]
-        key, log_gate = ops.where(real, key, 0.0), ops.where(real, log_gate, 0.0)
-    y, last = _gated(query, key, value, log_gate, state[0] if state else None, chunk_size)
-    return rows(y) if state is None else (rows(y), DecayState(last))
+        key, value = without_pads(key_mask, key, value)
+        log_gate = ops.where(data_of(key_mask)[..., None], log_gate, 0.0)
+    y, last = _gated(query, key, value, log_gate, start, chunk_size)
+    y = narrow(rows(y), like)
+    return y if state is None else (y, DecayState(last))
 
 
 def recurrent_gated(
@@ -187,7 +198,7 @@ def recurrent_gated(
         query: (…, n, d).
         key: (…, n, d).
         value: (…, n, e).
-        log_gate: log α, broadcastable to (…, n, d), at most 0.
+        log_gate: log α, a number or broadcastable to (…, n, d), at most 0.
         state: S₀, (…, d, e); None for 0.
 
     Returns:
@@ -196,12 +207,14 @@ def recurrent_gated(
     Raises:
         ValueError: the shapes do not fit.
     """
+    like, (query, key, value) = value, map(wide, (query, key, value))
+    log_gate, state = rate_of(log_gate, query), rate_of(state, query)
     _check(query, key, value, log_gate, state)
     xp, n = of(data_of(query)), query.shape[-2]
     if state is None:
-        state = xp.zeros((*key.shape[:-2], key.shape[-1], value.shape[-1]), value.dtype)
+        state = xp.zeros(state_shape(key, value), value.dtype)
     if n == 0:
-        return xp.zeros(value.shape, value.dtype), state
+        return xp.zeros(like.shape, like.dtype), state
     gate = ops.exp(ops.broadcast_to(log_gate, key.shape))
     outputs = []
     for q, k, v, alpha in zip(
@@ -209,7 +222,7 @@ def recurrent_gated(
     ):
         state = ops.matrix_transpose(alpha) * state + ops.matrix_transpose(k) * v
         outputs.append(ops.matmul(q, state))
-    return ops.concatenate(outputs, axis=-2), state
+    return narrow(ops.concatenate(outputs, axis=-2), like), state
 
 
 def _definition(
@@ -227,7 +240,7 @@ def _gated(
     xp = of(query)
     y = xp.empty(value.shape, value.dtype)
     if state is None:
-        state = xp.zeros((*key.shape[:-2], key.shape[-1], value.shape[-1]), value.dtype)
+        state = xp.zeros(state_shape(key, value), value.dtype)
     states = [state]
     for at in _chunks(query, chunk_size):
         q, k, v = query[at], key[at], value[at]
@@ -305,7 +318,7 @@ def _check(query: Any, key: Any, value: Any, log_gate: Any, state: Any) -> None:
             f"that broadcasts to the shape of key, got {query.shape}, {key.shape}, {value.shape} "
             f"and {log_gate.shape}"
         )
-    wanted = (*key.shape[:-2], key.shape[-1], value.shape[-1])
+    wanted = state_shape(key, value)
     if state is not None and state.shape != wanted:
         raise ValueError(f"the state is (…, d, e) = {wanted} here, got {state.shape}")
 
@@ -351,12 +364,16 @@ def wkv(
             "wkv takes key and value (…, n, d), decay (d,) and bonus (d,), got "
             f"{key.shape}, {value.shape}, {decay.shape} and {bonus.shape}"
         )
+    like, key, value = value, wide(key), wide(value)
+    decay, bonus = rate_of(decay, key), rate_of(bonus, key)
     xp, n, dtype = of(data_of(key)), key.shape[-2], key.dtype
     if state:
         y, z, p = state[0], state[1], data_of(state[2])
     else:
         y = z = xp.zeros((*key.shape[:-2], *d), dtype)
         p = z + 0.5 * float(xp.finfo(dtype).min)
+    if n:  # where nothing is summed yet p is free, and far above the keys it would leave 0 / 0
+        p = xp.where(data_of(z) == 0.0, data_of(key)[..., 0, :], p)
     one = ops.exp(key - data_of(key))  # the exponent is a constant, so the gradient has to be here
     elements = tuple(
         ops.concatenate([first, rest], axis=-2)
@@ -372,7 +389,7 @@ def wkv(
     p, y, z = (x[..., :n, :] for x in (p, y, z))
     top = xp.maximum(p, data_of(key) + data_of(bonus))
     old, new = ops.exp(p - top), ops.exp(key + bonus - top)
-    o = (old * y + new * value) / (old * z + new)
+    o = narrow((old * y + new * value) / (old * z + new), like)
     return o if state is None else (o, last)
 
 

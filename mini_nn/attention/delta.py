@@ -33,7 +33,7 @@ orthogonal to all that is held make its norm grow as √t.
 
 Deviations: no feature map on keys and queries and no division by their sums, which 2102.11174 has
 and 2406.06484 replaced by a SiLU and ``unit_length``, both the caller's; queries are not divided by
-√d.
+√d.  float16 is summed in float32: outputs are float16, states float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 from .. import ops
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import as_recurrence
+from .arguments import as_recurrence, check_lead, narrow, rate_of, wide
 from .delta_chunks import CHUNK, chunked_delta, recurrent_delta
 
 __all__ = [
@@ -63,7 +63,7 @@ def delta_rule(
     key: Any,
     value: Any,
     beta: Any = 1.0,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
     chunk_size: int = CHUNK,
 ) -> Any:
@@ -74,8 +74,8 @@ def delta_rule(
         value: (…, n, e).
         beta: β, a number or broadcastable to (…, n): 0 writes nothing, which is what a pad has to
             have; 1 with a key of length 1 makes S_tᵀ k_t = v_t.
-        is_causal: the rule is a recurrence, so anything but True is refused, unless there is one
-            query for the last of the keys.
+        is_causal: the rule is a recurrence, so False is refused, unless there is one query for the
+            last of the keys.
         state: None for a whole sequence; ``()`` or a ``DeltaState`` to get the next one, too.
         chunk_size: tokens in a chunk; changes the speed only.
 
@@ -85,6 +85,7 @@ def delta_rule(
     Raises:
         ValueError: the shapes do not fit, or the rule is asked to look ahead.
     """
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     beta = per_token(beta, key)
     y, last = chunked_delta(query, key, value, beta, None, matrix_of(state), chunk_size=chunk_size)
@@ -92,9 +93,10 @@ def delta_rule(
 
 
 def delta_rule_recurrent(
-    query: Any, key: Any, value: Any, beta: Any = 1.0, is_causal: bool = False, state: Any = None
+    query: Any, key: Any, value: Any, beta: Any = 1.0, is_causal: bool = True, state: Any = None
 ) -> Any:
     """``delta_rule`` as it is defined, token by token; the arguments are the same."""
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     y, last = recurrent_delta(query, key, value, per_token(beta, key), None, matrix_of(state))
     return rows(y) if state is None else (y, DeltaState(last))
@@ -112,9 +114,10 @@ def delta_weights(query: Any, key: Any, beta: Any = 1.0) -> Any:
     Returns:
         (…, n, n), 0 above the diagonal; rows need not be positive nor sum to 1.
     """
+    like, query, key = query, wide(query), wide(key)
     beta, keys = per_token(beta, key), ops.matrix_transpose(key)
     reads = ops.tril(ops.matmul(query, keys))
-    return solved_weights(reads, ops.matmul(beta[..., None] * key, keys), beta)
+    return narrow(solved_weights(reads, ops.matmul(beta[..., None] * key, keys), beta), like)
 
 
 def solved_weights(reads: Any, erasures: Any, beta: Any) -> Any:
@@ -130,7 +133,7 @@ def unit_length(x: Any, eps: float = 1e-6) -> Any:
     # the fused norm divides by √(‖x‖²/d + ε/d), and its weight takes √d out again
     d = x.shape[-1]
     weight = of(data_of(x)).full((d,), d**-0.5, x.dtype)
-    return ops.rms_norm(x, weight, eps / d)
+    return ops.rms_norm(x, weight, float(eps) / d)
 
 
 def reflecting_step(x: Any) -> Any:
@@ -155,6 +158,7 @@ def exact_step(eta: Any, key: Any) -> Any:
     Returns:
         β, (…, n); η where the key is 0, the limit.
     """
+    like, key = key, wide(key)
     eta = per_token(eta, key)
     squares = (key * key).sum(axis=-1)
     exponent = eta * squares
@@ -162,13 +166,12 @@ def exact_step(eta: Any, key: Any) -> Any:
     safe = ops.where(still, 1.0, exponent)
     # near 0 the quotient is 1 − x/2: its derivative has to be there as well
     ratio = ops.where(still, 1.0 - 0.5 * exponent, -ops.expm1(-safe) / safe)
-    return eta * ratio
+    return narrow(eta * ratio, like)
 
 
 def per_token(rate: Any, key: Any) -> Any:
     """A number, or an array that broadcasts to (…, n), as one (…, n) for keys (…, n, d)."""
-    if isinstance(rate, (int, float)):
-        return of(data_of(key)).full(key.shape[:-1], rate, key.dtype)
+    rate = rate_of(rate, key)
     if rate.shape == key.shape[:-1]:
         return rate
     ends = zip(rate.shape[::-1], key.shape[-2::-1], strict=False)

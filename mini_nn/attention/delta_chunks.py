@@ -34,6 +34,7 @@ where the sum of p_s · p̄_s is over s > t if the error comes first, and every 
 chunk.
 
 Deviations: the inverse is taken by halves, in log₂ steps of matrix products, instead of row by row.
+float16 is summed in float32: outputs are float16, states float32.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from .. import ops
 from ..engine import data_of, primitive
 from ..ops.elementwise import of
 from ..tape import Kept
+from .arguments import narrow, rate_of, wide
 from .chunked import in_a_row, in_chunks, state_shape
 
 __all__ = ["chunked_delta", "recurrent_delta", "unit_lower_inverse"]
@@ -78,12 +80,14 @@ def recurrent_delta(
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(query, key, value, beta, log_decay, state, erase)
+    like = value
+    query, key, value, *rest = _prepared(query, key, value, beta, log_decay, state, erase)
+    beta, log_decay, state, erase = rest
     xp, n = of(data_of(query)), query.shape[-2]
     if state is None:
         state = xp.zeros(state_shape(key, value), value.dtype)
     if n == 0:
-        return xp.zeros(value.shape, value.dtype), state
+        return xp.zeros(like.shape, like.dtype), state
     rows = [query, key, value, key if erase is None else erase, beta[..., None]]
     decays: Any = [None] * n
     if log_decay is not None:
@@ -95,7 +99,7 @@ def recurrent_delta(
         error = v - ops.matmul(p, state if error_first else kept)
         state = kept + ops.matrix_transpose(k) * (b * error)
         outputs.append(ops.matmul(q, state))
-    return ops.concatenate(outputs, axis=-2), state
+    return narrow(ops.concatenate(outputs, axis=-2), like), state
 
 
 def _inverse_rule(g: Any, y: Any) -> Any:
@@ -155,7 +159,6 @@ def _definition(
     return recurrent_delta(query, key, value, beta, log_decay, state, erase, error_first)
 
 
-@primitive(composite=_definition)
 def chunked_delta(
     query: Any,
     key: Any,
@@ -166,7 +169,7 @@ def chunked_delta(
     erase: Any = None,
     error_first: bool = False,
     chunk_size: int = CHUNK,
-) -> Any:
+) -> tuple[Any, Any]:
     """``recurrent_delta``, by matrix products over chunks: time and memory grow as n.
 
     Args:
@@ -185,9 +188,25 @@ def chunked_delta(
     Raises:
         ValueError: the shapes do not fit, or ``chunk_size`` is below 1.
     """
-    _check(query, key, value, beta, log_decay, state, erase)
+    prepared = _prepared(query, key, value, beta, log_decay, state, erase)
     if chunk_size < 1:
         raise ValueError(f"a chunk has at least one token, got chunk_size={chunk_size}")
+    y, last = _chunked_delta(*prepared, error_first, chunk_size)
+    return narrow(y, value), last
+
+
+@primitive(composite=_definition)
+def _chunked_delta(
+    query: Any,
+    key: Any,
+    value: Any,
+    beta: Any,
+    log_decay: Any,
+    state: Any,
+    erase: Any,
+    error_first: bool,
+    chunk_size: int,
+) -> Any:
     xp, n = of(query), query.shape[-2]
     size = max(1, min(chunk_size, n))
     q, k, v, b = (in_chunks(xp, x, size) for x in (query, key, value, beta[..., None]))
@@ -219,7 +238,7 @@ def chunked_delta(
     )
 
 
-@chunked_delta.joint_derivative("query", "key", "value", "beta", "log_decay", "state", "erase")
+@_chunked_delta.joint_derivative("query", "key", "value", "beta", "log_decay", "state", "erase")
 def _rule(
     g: Any, needs: Any, y: Any, erase: Any, error_first: bool, chunks: Any, decay: Any, solved: Any
 ) -> tuple[Any, ...]:
@@ -308,9 +327,12 @@ def _times(x: Any, factor: Any) -> Any:
     return x if factor is None else x * factor
 
 
-def _check(
+def _prepared(
     query: Any, key: Any, value: Any, beta: Any, log_decay: Any, state: Any, erase: Any
-) -> None:
+) -> tuple[Any, ...]:
+    """The same in the dtype that is summed in; ValueError unless their shapes fit."""
+    query, key, value = map(wide, (query, key, value))
+    beta, log_decay, state, erase = (rate_of(x, query) for x in (beta, log_decay, state, erase))
     fits = query.shape == key.shape and query.ndim >= 2 and value.shape[:-1] == key.shape[:-1]
     if not fits or (erase is not None and erase.shape != key.shape):
         raise ValueError(
@@ -325,3 +347,4 @@ def _check(
         raise ValueError(
             f"the state is (…, d, e) = {state_shape(key, value)} here, got {state.shape}"
         )
+    return query, key, value, beta, log_decay, state, erase

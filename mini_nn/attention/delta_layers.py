@@ -69,7 +69,7 @@ class DeltaNet(Module):
         norm: RMSNorm (d / heads); out: Linear (d → d).  No biases.
 
     Raises:
-        ValueError: the heads do not divide d.
+        ValueError: the heads do not divide d, or there is no channel.
     """
 
     RATES = 1
@@ -83,7 +83,7 @@ class DeltaNet(Module):
         *,
         rng: Rng | None = None,
     ) -> None:
-        if heads < 1 or dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"{dim} channels do not split into {heads} equal heads")
         rng = default_rng() if rng is None else rng
         self.dim, self.heads = dim, heads

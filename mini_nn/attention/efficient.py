@@ -35,7 +35,7 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import as_recurrence, check_attention, check_key_mask, narrow, wide
+from .arguments import as_recurrence, check_attention, narrow, same_lead, wide, without_pads
 
 __all__ = [
     "EfficientState", "causal_efficient_attention", "distribute_features", "double_attention",
@@ -69,7 +69,8 @@ def efficient_attention(
         query: (…, n, d).
         key: (…, m, d).
         value: (…, m, e).
-        key_mask: (…, m) booleans, true for real tokens; without any the result is 0.
+        key_mask: booleans that broadcast to (…, m), true for real tokens; without any the result is
+            0.
         is_causal: refused.
 
     Returns:
@@ -78,6 +79,7 @@ def efficient_attention(
     Raises:
         ValueError: the shapes do not fit, or ``is_causal``: softmax_n(K) has later keys in its
             denominator.
+        TypeError: ``key_mask`` is not boolean.
     """
     return distribute_features(
         query, _gathered("efficient_attention", query, key, value, key_mask, is_causal)
@@ -90,16 +92,16 @@ def gather_features(key: Array, value: Array, key_mask: Array | None = None) -> 
     Args:
         key: (…, m, d).
         value: (…, m, e).
-        key_mask: (…, m) booleans, true for real tokens.
+        key_mask: booleans that broadcast to (…, m), true for real tokens.
 
     Returns:
         (…, d, e), the transpose of the paper's G.
     """
+    k, v = wide(key), wide(value)
     if key_mask is not None:
-        check_key_mask(key_mask, key)
-        key = ops.where(key_mask[..., None], key, float("-inf"))
-        value = ops.where(key_mask[..., None], value, 0.0)  # a pad may hold nan
-    return ops.matmul(ops.matrix_transpose(ops.softmax(key, axis=-2)), value)
+        k, v = without_pads(key_mask, k, v)
+        k = ops.where(data_of(key_mask)[..., None], k, float("-inf"))
+    return narrow(ops.matmul(ops.matrix_transpose(ops.softmax(k, axis=-2)), v), value)
 
 
 def distribute_features(query: Array, gathered: Array) -> Array:
@@ -112,7 +114,8 @@ def distribute_features(query: Array, gathered: Array) -> Array:
     Returns:
         (…, n, e).
     """
-    return ops.matmul(ops.softmax(query, axis=-1), gathered)
+    shares = ops.softmax(wide(query), axis=-1)
+    return narrow(ops.matmul(shares, wide(gathered)), gathered)
 
 
 def double_attention(
@@ -128,8 +131,8 @@ def double_attention(
     from which it gathers, and "query" its V, by which it distributes.
     """
     g = ops.matrix_transpose(_gathered("double_attention", query, key, value, key_mask, is_causal))
-    vectors = ops.softmax(ops.matrix_transpose(query), axis=-2)
-    return ops.matrix_transpose(ops.matmul(g, vectors))
+    vectors = ops.softmax(ops.matrix_transpose(wide(query)), axis=-2)
+    return ops.matrix_transpose(narrow(ops.matmul(wide(g), vectors), g))
 
 
 def _gathered(name: str, query: Any, key: Any, value: Any, mask: Any, is_causal: bool) -> Any:
@@ -150,7 +153,7 @@ def causal_efficient_attention(
     key: Array,
     value: Array,
     key_mask: Array | None = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """Efficient attention in which token i takes its means over the tokens up to i.
@@ -158,27 +161,29 @@ def causal_efficient_attention(
     At the last token it is ``efficient_attention``.  Time and memory grow as n.
 
     Args:
-        query: (…, n, d); or the last one only, (…, 1, d), without ``is_causal``.
+        query: (…, n, d); or the last one only, (…, 1, d), with ``is_causal=False``.
         key: (…, n, d), of any size: no exponential overflows, and the weights have a relative
             error of |key| times the dtype's precision, as those of any softmax.
         value: (…, n, e).
-        key_mask: (…, n) booleans, true for real tokens; before the first of them the result is 0.
+        key_mask: booleans that broadcast to (…, n), true for real tokens; before the first of them
+            the result is 0.  With a state, of the new tokens.
         is_causal: must be true unless there is one query.
         state: continues a sequence: ``()`` before its first token, then the ``EfficientState`` of
-            the call before.
+            the call before.  Its leading axes are those of query, key and value together.
 
     Returns:
         (…, n, e), and the next state if one was given.
 
     Raises:
         ValueError: the shapes do not fit, or a bidirectional form is asked for.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     query, rows = as_recurrence(query, key, value, is_causal, state)
+    k, v = wide(key), wide(value)
     if key_mask is not None:
-        check_key_mask(key_mask, key)
-        key = ops.where(key_mask[..., None], key, NOTHING)
-        value = ops.where(key_mask[..., None], value, 0.0)  # a pad may hold nan
-    p, k, v = (wide(x) for x in (ops.softmax(query, axis=-1), key, value))
+        k, v = without_pads(key_mask, k, v)
+        k = ops.where(data_of(key_mask)[..., None], k, NOTHING)
+    p, k, v = same_lead(ops.softmax(wide(query), axis=-1), k, v)
     xp, n, d, e = of(data_of(v)), k.shape[-2], k.shape[-1], v.shape[-1]
     lead = k.shape[:-2]
     means, log_z = state or (
@@ -200,7 +205,7 @@ def causal_efficient_attention(
         y = _within(p, k, v, normal)
         means = _means(means, before, end, k, v)
         y = y + ops.matmul(p * ops.exp(before - normal), means[..., :-1, :, :])
-        output = y.reshape(*lead, -1, e)[..., :n, :]
+        output = y.reshape(*lead, y.shape[-3] * size, e)[..., :n, :]
         means, log_z = means[..., -1, :, :], upto[..., -1, :]
     else:
         output = v

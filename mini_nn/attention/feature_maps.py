@@ -21,7 +21,7 @@ eˣ; softmax x over the d features                              ``exp_features``
 x^⊗m/√m!, m = 0 … n                      Σ sᵐ/m!, s = q·k      ``polynomial_features``,
 [1, x/√n]^⊗n                             (1 + s/n)ⁿ            ``limit_features``: J. Su 2021,
                                                                kexue.fm 8601
-r(x)ᵢ r(x)ᵢ₊ⱼ, j = 1 … ν,                                      ``dpfp_features``: Schlag et al.
+r(x)ᵢ r(x)ᵢ₋ⱼ, j = 1 … ν,                                      ``dpfp_features``: Schlag et al.
 r(x) = max([x, −x], 0)                                         2021, 2102.11174, 5.3
 =======================================  ====================  ================================
 
@@ -31,7 +31,8 @@ attention but ``taylor_features``: scale the queries first.
 
 Deviations: elu(x) + 1 is not computed as written, because eˣ − 1 + 1 is 0 from x ≈ −17 down in
 float32 (−8 in bfloat16).  What underflows in eˣ stays at the least positive number of the dtype, so
-that no feature is 0.
+that no feature is 0.  ``dpfp_features`` has the paper's products rᵢ rᵢ₊ⱼ in the order of its code,
+by the second factor.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def limit_features(x: Array, power: int = 2) -> Array:
 
 
 def dpfp_features(x: Array, nu: int = 1) -> Array:
-    """rᵢ rᵢ₊ⱼ for j = 1 … ν with r = max([x, −x], 0), indices modulo 2d: sparse and deterministic.
+    """rᵢ rᵢ₋ⱼ for j = 1 … ν with r = max([x, −x], 0), indices modulo 2d: sparse and deterministic.
 
     Args:
         x: (…, d).

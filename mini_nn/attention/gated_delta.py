@@ -23,7 +23,8 @@ that has already forgotten, the second with the state as it was.
 γ is given as its logarithm, and D comes from sums of logarithms.
 
 Deviations: the output correction of Comba, o = S (q − d k), is a change of the query and left to
-the caller; p = b k, with b a number, is ``erase=b * key``.
+the caller; p = b k, with b a number, is ``erase=b * key``.  float16 is summed in float32: outputs
+are float16, states float32.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 from .. import ops
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import as_recurrence
+from .arguments import as_recurrence, check_lead, narrow, rate_of, wide
 from .delta import DeltaState, matrix_of, per_token, solved_weights
 from .delta_chunks import CHUNK, chunked_delta, recurrent_delta
 
@@ -49,7 +50,7 @@ def gated_delta_rule(
     value: Any,
     beta: Any = 1.0,
     log_decay: Any = 0.0,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
     chunk_size: int = CHUNK,
 ) -> Any:
@@ -61,7 +62,7 @@ def gated_delta_rule(
         beta: β, a number or broadcastable to (…, n).
         log_decay: log γ likewise, at most 0; −inf forgets everything.  A pad has to have β = 0
             and log γ = 0.
-        is_causal: anything but True is refused, unless there is one query for the last key.
+        is_causal: False is refused, unless there is one query for the last key.
         state: None for a whole sequence; ``()`` or a ``DeltaState`` to get the next one, too.
         chunk_size: tokens in a chunk; changes the speed only.
 
@@ -71,6 +72,7 @@ def gated_delta_rule(
     Raises:
         ValueError: the shapes do not fit, or the rule is asked to look ahead.
     """
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     rates = per_token(beta, key), per_token(log_decay, key)
     y, last = chunked_delta(query, key, value, *rates, matrix_of(state), chunk_size=chunk_size)
@@ -83,10 +85,11 @@ def gated_delta_rule_recurrent(
     value: Any,
     beta: Any = 1.0,
     log_decay: Any = 0.0,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """``gated_delta_rule`` as it is defined, token by token; the arguments are the same."""
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     rates = per_token(beta, key), per_token(log_decay, key)
     y, last = recurrent_delta(query, key, value, *rates, matrix_of(state))
@@ -95,8 +98,9 @@ def gated_delta_rule_recurrent(
 
 def gated_delta_weights(query: Any, key: Any, beta: Any = 1.0, log_decay: Any = 0.0) -> Any:
     """The matrix A with O = A V, to be looked at: (…, n, d) twice to (…, n, n)."""
+    like, query, key = query, wide(query), wide(key)
     between = _between(per_token(log_decay, key))
-    return _weights(query, key, key, per_token(beta, key), between, between)
+    return narrow(_weights(query, key, key, per_token(beta, key), between, between), like)
 
 
 def comba(
@@ -106,7 +110,7 @@ def comba(
     beta: Any = 1.0,
     log_decay: Any = 0.0,
     erase: Any = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
     chunk_size: int = CHUNK,
 ) -> Any:
@@ -127,6 +131,7 @@ def comba(
     Raises:
         ValueError: the shapes do not fit, or the rule is asked to look ahead.
     """
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     rates = per_token(beta, key), per_token(log_decay, key)
     y, last = chunked_delta(query, key, value, *rates, matrix_of(state), erase, True, chunk_size)
@@ -140,10 +145,11 @@ def comba_recurrent(
     beta: Any = 1.0,
     log_decay: Any = 0.0,
     erase: Any = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """``comba`` as it is defined, token by token; the arguments are the same."""
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     rates = per_token(beta, key), per_token(log_decay, key)
     y, last = recurrent_delta(query, key, value, *rates, matrix_of(state), erase, True)
@@ -154,11 +160,12 @@ def comba_weights(
     query: Any, key: Any, beta: Any = 1.0, log_decay: Any = 0.0, erase: Any = None
 ) -> Any:
     """The matrix A with O = A V, to be looked at: (…, n, d) twice to (…, n, n)."""
+    like, query, key = query, wide(query), wide(key)
     between = _between(per_token(log_decay, key))
     above = of(data_of(between)).zeros((*between.shape[:-2], 1, between.shape[-1]), key.dtype)
     before = ops.concatenate([above, between[..., :-1, :]], axis=-2)
-    erase = key if erase is None else erase
-    return _weights(query, key, erase, per_token(beta, key), between, before)
+    erase = key if erase is None else wide(erase)
+    return narrow(_weights(query, key, erase, per_token(beta, key), between, before), like)
 
 
 def as_comba(value: Any, beta: Any, log_decay: Any) -> tuple[Any, Any]:
@@ -166,13 +173,15 @@ def as_comba(value: Any, beta: Any, log_decay: Any) -> tuple[Any, Any]:
 
     Args:
         value: v, (…, n, e).
-        beta: β, (…, n) or a number.
-        log_decay: log γ, (…, n), finite.
+        beta: β, a number or broadcastable to (…, n).
+        log_decay: log γ likewise, finite.
 
     Returns:
-        v / γ and γ β.
+        v / γ and γ β, (…, n).
     """
-    return value * ops.exp(-log_decay)[..., None], ops.exp(log_decay) * beta
+    like, value = value, wide(value)
+    beta, log_decay = per_token(beta, value), per_token(log_decay, value)
+    return narrow(value * ops.exp(-log_decay)[..., None], like), ops.exp(log_decay) * beta
 
 
 def log_gate(x: Any, log_a: Any, bias: Any) -> Any:
@@ -183,7 +192,8 @@ def log_gate(x: Any, log_a: Any, bias: Any) -> Any:
         x: (…, h).
         log_a, bias: (h,), one of each for a head.
     """
-    return -ops.exp(log_a) * ops.softplus(x + bias)
+    like, x = x, wide(x)
+    return narrow(-ops.exp(rate_of(log_a, x)) * ops.softplus(x + rate_of(bias, x)), like)
 
 
 def _between(log_decay: Any) -> Any:

@@ -24,7 +24,8 @@ The last two look at the whole sequence to find the few places, so they cannot b
 Deviations: the released EMANet computes Z and μ outside of the graph, so that its first convolution
 is never trained; here gradients flow through the rounds.  It updates its bases in the training
 loop, and here the layer does it.  ``AsymmetricNonLocal2d`` is APNB without the last convolution of
-the context beside the input, which belongs to the network around it.
+the context beside the input, which belongs to the network around it.  ``generalized_attention`` and
+``em_attention`` sum float16 in float32.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from ..engine import data_of
 from ..nn import functional as F
 from ..ops.elementwise import of
 from ..rng import Rng, default_rng
-from .arguments import check_attention, check_state
-from .softmax import extend
+from .arguments import check_attention, check_key_mask, check_state, matched, narrow, wide
+from .sparse import continued
 
 __all__ = [
     "AsymmetricNonLocal2d", "EMAttention2d", "NonLocal2d", "asymmetric_attention",
@@ -72,44 +73,42 @@ def generalized_attention(
         value: (…, m, e).
         similarity: maps queries and keys to (…, n, m); for ``"sum"`` nowhere negative.
         normalizer: ``"sum"``, or ``"count"`` of the keys that a query may look at.
-        is_causal: query i looks at keys j ≤ i only; with a state, at all of the state as well.
-        key_mask: booleans that broadcast to (…, m), true for real tokens; with a state for all
-            keys so far.
-        state: None, or ``()`` before the first token, or the ``KeyValues`` of the call before.
+        is_causal: query i looks at keys j ≤ i only, both counted from the first also if n ≠ m; with
+            a state, at all of the state as well.
+        key_mask: booleans that broadcast to (…, m), true for real tokens; with a state for the new
+            ones.
+        state: None, or ``()`` before the first token, or the ``SparseState`` of the call before:
+            all keys and values so far, and which of them are real.
 
     Returns:
         (…, n, e), zeros where C is 0; with a state also the next one.
 
     Raises:
         ValueError: the shapes do not fit, an unknown normaliser, or a state without ``is_causal``.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     check_attention(query, key, value)
     check_state(state, is_causal)
     if normalizer not in ("sum", "count"):
         raise ValueError(f"the normalizer is 'sum' or 'count', got {normalizer!r}")
-    offset = 0
-    if state is not None:
-        if query.shape[-2] != key.shape[-2]:
-            raise ValueError(
-                "with a state each new token has a query and a key, got "
-                f"{query.shape[-2]} and {key.shape[-2]}"
-            )
-        before, state = key.shape[-2], extend(state, key, value)
-        key, value = state
-        offset = key.shape[-2] - before
-    xp, n, m = of(query), query.shape[-2], key.shape[-2]
-    allowed = xp.ones((n, m), "bool")
+    if state is not None and query.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            "with a state each new token has a query and a key, got "
+            f"{query.shape[-2]} and {key.shape[-2]}"
+        )
+    past = continued(key, value, state, key_mask)
+    xp, n, m = of(data_of(query)), query.shape[-2], past.key.shape[-2]
+    allowed = past.seen[..., None, :]
     if is_causal:
-        allowed = xp.arange(n)[:, None] + offset >= xp.arange(m)
-    if key_mask is not None:
-        allowed = allowed & data_of(key_mask)[..., None, :]
-    weights = ops.where(allowed, similarity(query, key), 0.0)
+        allowed = allowed & (xp.arange(n)[:, None] + (m - key.shape[-2]) >= xp.arange(m))
+    weights = ops.where(allowed, similarity(wide(query), wide(past.key)), 0.0)
     if normalizer == "sum":
         total = weights.sum(axis=-1, keepdims=True)
     else:
         total = allowed.sum(axis=-1, keepdims=True).astype(data_of(weights).dtype)
-    y = ops.matmul(weights, value) / ops.where(ops.equal(total, 0.0), 1.0, total)
-    return y if state is None else (y, state)
+    sums = ops.matmul(weights, wide(past.value))
+    y = narrow(sums / ops.where(ops.equal(total, 0.0), 1.0, total), query)
+    return y if state is None else (y, past)
 
 
 def dot_product_similarity(query: Any, key: Any) -> Any:
@@ -131,6 +130,7 @@ def concatenation_similarity(query: Any, key: Any, weight: Any) -> Any:
     d = query.shape[-1]
     if weight.shape != (2 * d,):
         raise ValueError(f"the weight of [q, k] has shape {(2 * d,)}, got {weight.shape}")
+    weight = matched(weight, query)
     of_query, of_key = ops.matmul(query, weight[:d]), ops.matmul(key, weight[d:])
     return ops.relu(of_query[..., :, None] + of_key[..., None, :])
 
@@ -212,8 +212,8 @@ def em_attention(
         steps: rounds, at least 1.
         temperature: 1/λ.
         is_causal: refused, as every x shapes the bases that all are made of.
-        key_mask: booleans that broadcast to (…, n), true for real tokens: the others get an output
-            but shape no basis.
+        key_mask: booleans that broadcast to (…, n), true for real tokens: the others get an output,
+            for which nan and infinity count as 0, but shape no basis.
         eps: what is added to sums and lengths before they divide.
 
     Returns:
@@ -221,6 +221,7 @@ def em_attention(
 
     Raises:
         ValueError: ``is_causal``, ``steps`` below 1, or shapes that do not fit.
+        TypeError: ``key_mask`` is not boolean.
     """
     if is_causal:
         raise ValueError("EM attention fits its bases to the whole sequence: it cannot be causal")
@@ -229,16 +230,23 @@ def em_attention(
             "EM attention takes at least one step, x (…, n, c) and bases (…, k, c), got "
             f"steps={steps}, {x.shape} and {bases.shape}"
         )
+    like, x = x, wide(x)
+    bases = matched(bases, x)
+    if key_mask is not None:
+        check_key_mask(key_mask, x)
+        real = data_of(key_mask)[..., None]
+        x = ops.where(real | of(real).isfinite(data_of(x)), x, 0.0)
+    temperature, eps = matched(temperature, x), matched(eps, x)
     for _ in range(steps):
         z = ops.softmax(ops.matmul(x, ops.matrix_transpose(bases)) / temperature, axis=-1)
-        share = z if key_mask is None else ops.where(data_of(key_mask)[..., None], z, 0.0)
+        share = z if key_mask is None else ops.where(real, z, 0.0)
         share = share / (share.sum(axis=-2, keepdims=True) + eps)
         bases = ops.matmul(ops.matrix_transpose(share), x)
         squares = (bases * bases).sum(axis=-1, keepdims=True)
         there = ops.greater(squares, 0.0)  # the length has no slope at 0
         length = ops.where(there, ops.sqrt(ops.where(there, squares, 1.0)), 0.0)
         bases = bases / (length + eps)
-    return ops.matmul(z, bases), bases
+    return narrow(ops.matmul(z, bases), like), narrow(bases, like)
 
 
 class EMAttention2d(nn.Module):
@@ -328,6 +336,7 @@ def asymmetric_attention(
             f"(N, e, H', W'), got {query.shape}, {key.shape} and {value.shape}"
         )
     keys, values = pyramid_pool(key, sizes), pyramid_pool(value, sizes)
+    scale = matched(scale, query)
     y = ops.scaled_dot_product_attention(_pixels(query), keys, values, scale=scale)
     return _image(y, query.shape[2:])
 

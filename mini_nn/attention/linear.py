@@ -31,7 +31,16 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import check_attention, check_key_mask, check_state, narrow, wide
+from .arguments import (
+    check_attention,
+    check_key_mask,
+    check_state,
+    matched,
+    narrow,
+    same_lead,
+    wide,
+    without_pads,
+)
 from .chunked import chunked
 from .feature_maps import FeatureMap, elu_plus_one, map_pair
 
@@ -77,12 +86,12 @@ def linear_attention(
         key: (…, m, d).
         value: (…, m, e).
         feature_map: (…, d) → (…, D), or a pair for queries and keys: see ``feature_maps``.
-        key_mask: (…, m) booleans, true for real tokens.  It is applied to the features, because
-            the features of a zero vector are not 0: masking the values alone would leave the pads
-            in the normaliser.
+        key_mask: booleans that broadcast to (…, m), true for real tokens; with a state, of the new
+            ones.  It is applied to the features too, because the features of a zero vector are not
+            0: masking keys and values alone would leave the pads in the normaliser.
         is_causal: token i looks at tokens j ≤ i only; n = m.
         state: continues a sequence: ``()`` before its first token, then the ``LinearState`` of
-            the call before.
+            the call before.  Its leading axes are those of query, key and value together.
         eps: ε, added to the normaliser.
 
     Returns:
@@ -91,9 +100,12 @@ def linear_attention(
 
     Raises:
         ValueError: the shapes do not fit, or a state without ``is_causal``.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     _check(query, key, value, key_mask, is_causal, state)
     q, k, v = _features(query, key, value, feature_map, key_mask)
+    if is_causal:
+        q, k, v = same_lead(q, k, v)
     widened = ops.concatenate([v, _ones_column(v)], axis=-1)
     if not is_causal:
         sums = ops.matmul(q, ops.matmul(ops.matrix_transpose(k), widened))
@@ -121,7 +133,7 @@ def unnormalized_attention(
         query: (…, n, d).
         key: (…, m, d).
         value: (…, m, e).
-        key_mask: (…, m) booleans, true for real tokens.
+        key_mask: booleans that broadcast to (…, m), true for real tokens.
         is_causal: token i looks at tokens j ≤ i only; n = m.
         state: as in ``linear_attention``, an ``OuterState``.
 
@@ -130,11 +142,13 @@ def unnormalized_attention(
 
     Raises:
         ValueError: the shapes do not fit, or a state without ``is_causal``.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     _check(query, key, value, key_mask, is_causal, state)
     q, k, v = _features(query, key, value, _identity, key_mask)
     if not is_causal:
         return narrow(ops.matmul(q, ops.matmul(ops.matrix_transpose(k), v)), value)
+    q, k, v = same_lead(q, k, v)
     sums, last = chunked(q, k, v, None, state[0] if state else None)
     output = narrow(sums, value)
     return output if state is None else (output, OuterState(last))
@@ -157,7 +171,7 @@ def linear_attention_recurrent(
     Arguments, results and errors are those of ``linear_attention``; n steps of Python.
     """
     _check(query, key, value, key_mask, True, state)
-    q, k, v = _features(query, key, value, feature_map, key_mask)
+    q, k, v = same_lead(*_features(query, key, value, feature_map, key_mask))
     s, z = _start(state, k, v)
     xp = of(data_of(v))
     outputs = [xp.zeros((*v.shape[:-2], 0, v.shape[-1]), value.dtype)]
@@ -185,7 +199,7 @@ def linear_attention_cumulative(
     those of ``linear_attention``.
     """
     _check(query, key, value, key_mask, True, None)
-    q, k, v = _features(query, key, value, feature_map, key_mask)
+    q, k, v = same_lead(*_features(query, key, value, feature_map, key_mask))
     s = ops.cumsum(k[..., :, None] * v[..., None, :], axis=-3)
     z = ops.cumsum(k, axis=-2)
     weighed = ops.matmul(q[..., None, :], s)[..., 0, :]
@@ -208,7 +222,9 @@ def linear_attention_parallel(
     """
     _check(query, key, value, key_mask, is_causal, None)
     weights = linear_attention_weights(query, key, feature_map, key_mask, is_causal, eps)
-    return ops.matmul(weights, value)
+    if key_mask is not None:
+        _, value = without_pads(key_mask, key, value)
+    return narrow(ops.matmul(wide(weights), wide(value)), value)
 
 
 def linear_attention_weights(
@@ -256,11 +272,11 @@ def _features(
 ) -> tuple[Any, Any, Any]:
     """φ(q), ϕ(k) without the pads, and v, in a dtype that can be summed."""
     phi, varphi = map_pair(feature_map)
-    q, k = phi(query), varphi(key)
-    if key_mask is not None:
-        k = ops.where(key_mask[..., None], k, 0.0)
-        value = ops.where(key_mask[..., None], value, 0.0)  # a pad may hold nan
-    return wide(q), wide(k), wide(value)
+    if key_mask is None:
+        return wide(phi(query)), wide(varphi(key)), wide(value)
+    key, value = without_pads(key_mask, key, value)
+    k = ops.where(data_of(key_mask)[..., None], varphi(key), 0.0)
+    return wide(phi(query)), wide(k), wide(value)
 
 
 def _start(state: Any, k: Any, v: Any) -> tuple[Any, Any]:
@@ -287,6 +303,6 @@ def _ones_column(v: Any) -> Any:
 
 def _quotient(sums: Any, eps: float, like: Any) -> Any:
     """The sums over their last column, and 0 where that is 0."""
-    total = sums[..., -1:] + eps if eps else sums[..., -1:]
+    total = sums[..., -1:] + matched(eps, sums) if eps else sums[..., -1:]
     total = ops.where(data_of(total) == 0, float("inf"), total)
     return narrow(sums[..., :-1] / total, like)

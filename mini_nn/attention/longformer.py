@@ -23,7 +23,7 @@ checkpoints count both sides, and ``LongformerSelfAttention`` takes theirs.  Dil
 paper has on a few heads of its language model, is not in the port in transformers.  With
 ``is_causal`` global tokens too look at earlier ones only; the paper's language model has none.
 There is no ``state``: a decoder passes all keys and the last queries.  n need not be a multiple of
-the window.
+the window.  float16 is summed in float32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from ..engine import data_of
 from ..nn import Linear, Module
 from ..ops.elementwise import of
 from ..rng import Rng
-from .sparse import Part, SparseState, attend, booleans, joined, window_part
+from .arguments import check_key_mask, narrow, wide
+from .sparse import Part, SparseState, attend, for_each, joined, window_part
 
 __all__ = ["LongformerSelfAttention", "longformer_attention"]
 
@@ -62,12 +63,12 @@ def longformer_attention(
         key: (…, m, d).
         value: (…, m, e).
         window: keys on each side of a token, 0 for the token itself only.
-        global_mask: booleans broadcastable to (…, m), true for the global tokens; None for none.
+        global_mask: booleans that broadcast to (…, m), true for the global tokens; None for none.
             The host waits for their largest number in a row, which is the length of an axis.
         global_query, global_key, global_value: shaped as query, key and value, for the rows of
             global tokens; None for these themselves.
-        is_causal: only keys j ≤ i, for all kinds of tokens.
-        key_mask: booleans broadcastable to (…, m), true for real tokens and false for pads, which
+        is_causal: only keys j ≤ i, in the m positions, for all kinds of tokens.
+        key_mask: booleans that broadcast to (…, m), true for real tokens and false for pads, which
             are not seen, nor global.
         dilation: the distance from a key of the window to the next; or a sequence of them, one for
             each head, which are then the axis before the positions.
@@ -79,7 +80,7 @@ def longformer_attention(
         ValueError: the shapes or sizes do not fit.
         TypeError: a mask is not boolean.
     """
-    if not isinstance(dilation, int):
+    if isinstance(dilation, Sequence):
         arrays = (query, key, value, global_query, global_key, global_value)
         return _by_head(arrays, window, (global_mask, key_mask), is_causal, dilation)
     if window < 0 or dilation < 1:
@@ -88,7 +89,8 @@ def longformer_attention(
     n, m = query.shape[-2], key.shape[-2]
     if global_mask is None:
         return attend(query, [window_part(n, past, window, is_causal, dilation)])
-    chosen = _with_axes(booleans("global_mask", global_mask, m), key.ndim - 1) & past.seen
+    check_key_mask(global_mask, key, "global_mask")
+    chosen = _with_axes(for_each(global_mask, m), key.ndim - 1) & past.seen
     slots = int(chosen.sum(axis=-1).max()) if chosen.size else 0
     others = past._replace(seen=past.seen & ~chosen)
     parts = [window_part(n, others, window, is_causal, dilation)]
@@ -99,16 +101,21 @@ def longformer_attention(
     mine = chosen[..., m - n :]
     places = _places(mine, min(slots, n))
     global_key = key if global_key is None else global_key
+    global_value = value if global_value is None else global_value
+    if key_mask is not None:
+        real = past.seen[..., None]  # a pad may hold nan
+        global_key, global_value = (ops.where(real, x, 0.0) for x in (global_key, global_value))
     xp = of(data_of(key))
     allowed = past.seen[..., None, :]
     if is_causal:
         allowed = allowed & (xp.arange(m) <= places[..., None] + (m - n))
     rows = ops.scaled_dot_product_attention(
-        _picked(query if global_query is None else global_query, places),
-        global_key,
-        value if global_value is None else global_value,
+        wide(_picked(query if global_query is None else global_query, places)),
+        wide(global_key),
+        wide(global_value),
         allowed,
     )
+    rows = narrow(rows, query)
     number = xp.maximum(xp.cumsum(mine, axis=-1) - 1, 0)  # of the global tokens up to here
     return ops.where(mine[..., None], _picked(rows, number), y)
 
@@ -142,20 +149,28 @@ def _by_head(
     arrays: Sequence[Any], window: int, masks: Any, is_causal: bool, dilations: Sequence[int]
 ) -> Any:
     """Each head with a dilation of its own."""
-    query = arrays[0]
+    query, key = arrays[:2]
     if query.ndim < 3 or len(dilations) != query.shape[-3]:
         raise ValueError(
             "a sequence of dilations has one for each head of a query (…, heads, n, d), got "
             f"{len(dilations)} for {query.shape}"
         )
+    for name, mask in zip(("global_mask", "key_mask"), masks, strict=True):
+        if mask is not None:
+            check_key_mask(mask, key, name)
     results = []
     for h, dilation in enumerate(dilations):
-        q, k, v, gq, gk, gv = (None if x is None else x[..., h : h + 1, :, :] for x in arrays)
+        q, k, v, gq, gk, gv = (_of_head(x, h) for x in arrays)
         chosen, real = (_mask_of_head(mask, h) for mask in masks)
         results.append(
             longformer_attention(q, k, v, window, chosen, gq, gk, gv, is_causal, real, dilation)
         )
     return ops.concatenate(results, axis=-3)
+
+
+def _of_head(x: Any, h: int) -> Any:
+    shared = x is None or x.ndim < 3 or x.shape[-3] == 1
+    return x if shared else x[..., h : h + 1, :, :]
 
 
 def _mask_of_head(mask: Any, h: int) -> Any:

@@ -28,7 +28,7 @@ where released code lets it see the last chunk, which a causal mask then hides. 
 code also lets tokens attend across buckets within the two chunks and does not divide by Nᵢⱼ; here
 the paper's equations hold.  Its scale is 1, with keys of length 1; here it is 1/√d by default.  A
 token that has nothing to attend to gets its own value exactly, instead of through a large negative
-logit.
+logit.  float16 is summed in float32.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ..engine import data_of
 from ..nn.module import Module
 from ..ops.elementwise import of
 from ..rng import Rng, default_rng
+from .arguments import check_attention, narrow, score_scale, wide, without_pads
 
 __all__ = ["LSHAttention", "lsh_attention", "lsh_hash"]
 
@@ -55,8 +56,8 @@ def lsh_hash(x: Any, rotations: Any) -> Array:
     Args:
         x: (…, n, d).
         rotations: R, (…, r, d, b/2), whose leading axes broadcast to those of x, such as (h, …).
-            A tuple of them is a hash in factors, b = b₁ b₂ …, that agrees where all agree: x R has
-            then n (b₁ + b₂ + …) numbers instead of n b, which for b ~ n is what counts.
+            Several in a tuple are a hash in factors, b = b₁ b₂ …, that agrees where all agree: x R
+            has then n (b₁ + b₂ + …) numbers instead of n b, which for b ~ n is what counts.
 
     Returns:
         (…, r, n) integers in [0, b), without a gradient; the first of several largest, so the
@@ -79,7 +80,7 @@ def lsh_hash(x: Any, rotations: Any) -> Array:
 
 
 def _factors(rotations: Any) -> tuple[Any, ...]:
-    return rotations if isinstance(rotations, tuple) else (rotations,)
+    return (*rotations,) if isinstance(rotations, (tuple, list)) else (rotations,)
 
 
 def lsh_attention(
@@ -118,9 +119,9 @@ def lsh_attention(
     Raises:
         ValueError: the shapes do not fit, ``chunk_size`` is below 1, or ``strict`` without
             ``is_causal``.
+        TypeError: ``key_mask`` is not of booleans.
     """
-    lead, (n, d) = query_key.shape[:-2], query_key.shape[-2:]
-    if value.shape[:-1] != (*lead, n):
+    if query_key.ndim < 2 or value.shape[:-1] != query_key.shape[:-1]:
         raise ValueError(
             f"lsh_attention takes query_key (…, n, d) and value (…, n, e), got {query_key.shape} "
             f"and {value.shape}"
@@ -130,14 +131,15 @@ def lsh_attention(
             "lsh_attention takes chunk_size ≥ 1, and strict=True only with is_causal=True, got "
             f"chunk_size={chunk_size}, strict={strict}, is_causal={is_causal}"
         )
-    scale = d**-0.5 if scale is None else scale
+    like, query_key, value = value, wide(query_key), wide(value)
+    lead, n = query_key.shape[:-2], query_key.shape[-2]
+    scale = score_scale(scale, query_key)
     if key_mask is not None:  # what stands in a pad, even nan, must not reach a sum
+        query_key, value = without_pads(key_mask, query_key, value)
         key_mask = of(data_of(value)).broadcast_to(data_of(key_mask), (*lead, n))
-        query_key = ops.where(key_mask[..., None], query_key, 0.0)
-        value = ops.where(key_mask[..., None], value, 0.0)
     keys = _unit(query_key)
     if n == 0:
-        return (value, value.sum(axis=-1)) if return_logsumexp else value
+        return (like, like.sum(axis=-1)) if return_logsumexp else like
     buckets = lsh_hash(query_key, rotations)
     if buckets.shape[:-2] != lead:
         raise ValueError(
@@ -168,8 +170,9 @@ def lsh_attention(
         alone = alone & key_mask
     output = ops.where(alone[..., None], value, output)
     if not return_logsumexp:
-        return output
-    return output, ops.where(alone, (query_key * keys).sum(axis=-1) * scale, total)
+        return narrow(output, like)
+    total = ops.where(alone, (query_key * keys).sum(axis=-1) * scale, total)
+    return narrow(output, like), narrow(total, like)
 
 
 def _unit(x: Any) -> Any:
@@ -275,7 +278,7 @@ class LSHAttention(Module):
 
     def __init__(
         self,
-        num_buckets: int | tuple[int, ...],
+        num_buckets: int | tuple[int, ...] | list[int],
         chunk_size: int,
         rounds: int = 1,
         strict: bool = False,
@@ -283,8 +286,8 @@ class LSHAttention(Module):
         *,
         rng: Rng | None = None,
     ) -> None:
-        factors = num_buckets if isinstance(num_buckets, tuple) else (num_buckets,)
-        if any(b < 2 or b % 2 for b in factors) or chunk_size < 1 or rounds < 1:
+        factors = _factors(num_buckets)
+        if not factors or any(b < 2 or b % 2 for b in factors) or chunk_size < 1 or rounds < 1:
             raise ValueError(
                 "LSHAttention takes an even number of buckets (x and −x have different ones), and "
                 f"at least 1 token in a chunk and 1 round; got num_buckets={num_buckets}, "
@@ -305,7 +308,13 @@ class LSHAttention(Module):
         return tuple([rng.normal(shape, dtype=dtype) for shape in shapes])
 
     def forward(
-        self, query: Any, key: Any, value: Any, is_causal: bool = False, key_mask: Any = None
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        is_causal: bool = False,
+        key_mask: Any = None,
     ) -> Any:
         """(…, h, n, d), (…, h, n, d), (…, h, n, e) → (…, h, n, e).
 
@@ -313,14 +322,23 @@ class LSHAttention(Module):
         is computed again, and its row returned.
 
         Raises:
-            ValueError: neither one query nor as many as keys.
+            ValueError: there is an ``attn_mask``, or neither one query nor as many as keys, or
+                they have other leading axes.
         """
+        if attn_mask is not None:
+            raise ValueError(
+                "LSH attention has no matrix of logits to which a mask (n, m) could be added, and "
+                f"attn_mask of shape {getattr(attn_mask, 'shape', attn_mask)} is one: use "
+                "is_causal=True, and key_mask=(…, n) for pads"
+            )
+        check_attention(query, key, value)
         queries, (n, d) = query.shape[-2], key.shape[-2:]
         last = queries == 1 < n
-        if queries != n and not last:
+        if (queries != n and not last) or query.shape[:-2] != key.shape[:-2]:
             raise ValueError(
                 "LSHAttention has one vector for the query and the key of a token, so it takes as "
-                f"many queries as keys, or the last one; got {query.shape} and {key.shape}"
+                "many queries as keys, or the last one, and the same leading axes; got "
+                f"{query.shape} and {key.shape}"
             )
         rotations = self.rotations(key.shape[-3:-2], d, data_of(key).dtype)
         output = lsh_attention(

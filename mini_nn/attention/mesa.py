@@ -17,6 +17,7 @@ With Λ → 0 and at most d independent keys the map interpolates: S_tᵀ k_j = 
 
 Deviations: conjugate gradients start at 0 and divide without a constant added to the denominators;
 gradients of ``mesa_conjugate_gradient`` are those of the exact solution, by a second solve.
+float16 is summed in float32: outputs are float16, states float32.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .. import ops
-from ..engine import data_of, primitive
+from ..engine import Tensor, data_of, primitive
 from ..ops.elementwise import of
-from .arguments import as_recurrence
-from .chunked import chunked
+from .arguments import as_recurrence, check_lead, narrow, rate_of, wide
+from .chunked import chunked, state_shape
 from .delta import per_token
 
 __all__ = ["MesaState", "mesa", "mesa_conjugate_gradient", "mesa_recurrent"]
@@ -49,15 +50,17 @@ def mesa_recurrent(
     ridge: Any = 1.0,
     beta: Any = 1.0,
     log_decay: Any = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """``mesa`` as it is defined, token by token; the arguments are the same."""
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
+    like, (query, key, value) = value, map(wide, (query, key, value))
     weighted, log_decay = _weighted(key, beta, log_decay)
     gram, moment = _start(key, value, state)
-    penalty = _diagonal(ridge, key)
-    outputs = []
+    ridge = _ridge(ridge, key)
+    penalty, outputs = _diagonal(ridge), []
     for t in range(key.shape[-2]):
         token = (..., slice(t, t + 1), slice(None))
         if log_decay is not None:
@@ -68,7 +71,8 @@ def mesa_recurrent(
         x = ops.solve(gram + penalty, ops.matrix_transpose(query[token]))
         outputs.append(ops.matmul(ops.matrix_transpose(x), moment))
     y = ops.concatenate(outputs, axis=-2) if outputs else value
-    return rows(y) if state is None else (y, MesaState(gram, moment))
+    y = narrow(rows(y), like)
+    return y if state is None else (y, MesaState(gram, moment))
 
 
 def mesa(
@@ -78,7 +82,7 @@ def mesa(
     ridge: Any = 1.0,
     beta: Any = 1.0,
     log_decay: Any = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """o_t = G_tᵀ (H_t + Λ)⁻¹ q_t by an exact solve for each token: n d³ time, n d² memory.
@@ -86,23 +90,27 @@ def mesa(
     Args:
         query, key: (…, n, d).
         value: (…, n, e).
-        ridge: the diagonal of Λ, above 0: a number or broadcastable to (…, d).
+        ridge: the diagonal of Λ, above 0: a number, or broadcastable to (…, d) and not checked.
         beta: β ≥ 0, the weight of each token: a number or broadcastable to (…, n).
         log_decay: log γ likewise, at most 0; None for γ = 1.
-        is_causal: anything but True is refused, unless there is one query for the last key.
+        is_causal: False is refused, unless there is one query for the last key.
         state: None for a whole sequence; ``()`` or a ``MesaState`` to get the next one, too.
 
     Returns:
         (…, n, e); with a state a pair of that and the next ``MesaState``.
 
     Raises:
-        ValueError: the shapes do not fit, or the future is asked for.
+        ValueError: the shapes do not fit, ``ridge`` is a number that is not positive, or the
+            future is asked for.
         LinAlgError: H + Λ is singular, which a positive Λ excludes but for rounding.
     """
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
+    like, (query, key, value) = value, map(wide, (query, key, value))
     weighted, log_decay = _weighted(key, beta, log_decay)
     gram, moment = _start(key, value, state)
-    penalty, n = _diagonal(ridge, key)[..., None, :, :], key.shape[-2]
+    ridge = _ridge(ridge, key)
+    penalty, n = _diagonal(ridge)[..., None, :, :], key.shape[-2]
     solutions = []
     for start in range(0, n, CHUNK):
         part = (..., slice(start, min(start + CHUNK, n)), slice(None))
@@ -116,7 +124,8 @@ def mesa(
         solutions.append(x.reshape(query[part].shape))
     x = ops.concatenate(solutions, axis=-2) if solutions else query
     y, moment = chunked(x, weighted, value, log_decay, moment)
-    return rows(y) if state is None else (y, MesaState(gram, moment))
+    y = narrow(rows(y), like)
+    return y if state is None else (y, MesaState(gram, moment))
 
 
 def _decayed(products: Any, log_decay: Any, gram: Any) -> Any:
@@ -137,7 +146,7 @@ def mesa_conjugate_gradient(
     ridge: Any = 1.0,
     beta: Any = 1.0,
     log_decay: Any = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
     steps: int = 30,
 ) -> Any:
@@ -145,13 +154,23 @@ def mesa_conjugate_gradient(
 
     There are ``steps`` of them, and as many again from the residual that is left.  In exact
     arithmetic d steps are enough; fewer do if H + Λ has few distinct eigenvalues or a small
-    condition number.  Differentiable once.  The other arguments are those of ``mesa``.
+    condition number.  The other arguments and errors are those of ``mesa``.
+
+    Differentiable once: the gradient takes the solution itself for a constant.
+
+    Raises:
+        ValueError: as ``mesa``, or ``steps`` is below 1.
+        RuntimeError: a gradient that is to be differentiated again (``create_graph=True``); take
+            ``mesa``.
     """
+    if steps < 1:
+        raise ValueError(f"conjugate gradients take at least one step, got steps={steps}")
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
+    like, (query, key, value) = value, map(wide, (query, key, value))
     weighted, log_decay = _weighted(key, beta, log_decay)
     gram, moment = _start(key, value, state)
-    if isinstance(ridge, (int, float)):
-        ridge = of(data_of(key)).full(key.shape[-1:], ridge, key.dtype)
+    ridge = _ridge(ridge, key)
     system = (weighted, key, ridge[..., None, :], log_decay, gram)
     constants = tuple([data_of(part) for part in system])
     x = _solve(data_of(query), *constants, steps)
@@ -160,7 +179,8 @@ def mesa_conjugate_gradient(
     product, gram = _product(x, *system)
     x = x + _solve(query - product, *constants, steps)
     y, moment = chunked(x, weighted, value, log_decay, moment)
-    return rows(y) if state is None else (y, MesaState(gram, moment))
+    y = narrow(rows(y), like)
+    return y if state is None else (y, MesaState(gram, moment))
 
 
 def _product(
@@ -200,12 +220,19 @@ def _ratio(a: Any, b: Any) -> Any:
     return xp.where(done, 0.0, a / xp.where(done, 1.0, b))
 
 
-# symmetric in rhs and the cotangent; the other arguments come as constants
-_solve.derivative(
-    rhs=lambda g, weighted, key, ridge, log_decay, gram, steps: _solve(
-        g, weighted, key, ridge, log_decay, gram, steps
-    )
-)
+def _solve_rule(
+    g: Any, weighted: Any, key: Any, ridge: Any, log_decay: Any, gram: Any, steps: int
+) -> Any:
+    """The same solve, which is symmetric; the other arguments come as constants."""
+    if isinstance(g, Tensor):
+        raise RuntimeError(
+            "mesa_conjugate_gradient is differentiable once, and create_graph=True asks for more: "
+            "take mesa"
+        )
+    return _solve(g, weighted, key, ridge, log_decay, gram, steps)
+
+
+_solve.derivative(rhs=_solve_rule)
 
 
 def _weighted(key: Any, beta: Any, log_decay: Any) -> tuple[Any, Any]:
@@ -216,17 +243,30 @@ def _weighted(key: Any, beta: Any, log_decay: Any) -> tuple[Any, Any]:
 
 
 def _start(key: Any, value: Any, state: Any) -> tuple[Any, Any]:
-    if state:
-        return state[0], state[1]
-    xp, d = of(data_of(key)), key.shape[-1]
-    lead = key.shape[:-2]
-    return (
-        xp.zeros((*lead, d, d), key.dtype),
-        xp.zeros((*lead, d, value.shape[-1]), value.dtype),
-    )
+    shapes = [state_shape(key, key), state_shape(key, value)]
+    if not state:
+        xp = of(data_of(key))
+        return xp.zeros(shapes[0], key.dtype), xp.zeros(shapes[1], value.dtype)
+    if [x.shape for x in state] != shapes:
+        raise ValueError(
+            f"the state is (…, d, d) = {shapes[0]} and (…, d, e) = {shapes[1]} here, got "
+            f"{' and '.join(str(x.shape) for x in state)}"
+        )
+    return rate_of(state[0], key), rate_of(state[1], key)
 
 
-def _diagonal(ridge: Any, key: Any) -> Any:
+def _ridge(ridge: Any, key: Any) -> Any:
+    """The diagonal of Λ, (d,) or (…, d)."""
+    if isinstance(ridge, (int, float)) and not ridge > 0.0:
+        raise ValueError(f"Λ has to be positive, or H + Λ may be singular, got ridge={ridge}")
+    ridge = rate_of(ridge, key)
+    wanted = (*key.shape[:-2], key.shape[-1])
+    ends = zip(ridge.shape[::-1], wanted[::-1], strict=False)
+    if ridge.ndim > len(wanted) or any(a not in (1, b) for a, b in ends):
+        raise ValueError(f"ridge has to broadcast to (…, d) = {wanted}, got {ridge.shape}")
+    return ops.broadcast_to(ridge, (*ridge.shape[:-1], key.shape[-1]))
+
+
+def _diagonal(ridge: Any) -> Any:
     """Λ, (…, d, d)."""
-    unit = of(data_of(key)).eye(key.shape[-1], dtype=key.dtype)
-    return ridge * unit if isinstance(ridge, (int, float)) else ridge[..., None] * unit
+    return ridge[..., None] * of(data_of(ridge)).eye(ridge.shape[-1], dtype=ridge.dtype)

@@ -22,6 +22,7 @@ is to linear attention.  n² time and memory, like the softmax that follows.
 
 Deviations: the forget gate is added to the logits after they are scaled, as in 2503.02130, so that
 it is a factor of the weights whatever the scale; flash-linear-attention's plain form scales it too.
+float16 is summed in float32: outputs are float16, states float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 from .. import ops
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import as_recurrence
+from .arguments import as_recurrence, narrow, rate_of, wide
 from .delta import per_token
 from .delta_chunks import unit_lower_inverse
 from .scale import dot_product_scale
@@ -40,7 +41,10 @@ __all__ = ["DeltaFormerState", "PathState", "deltaformer", "path_attention", "pa
 
 
 class PathState(NamedTuple):
-    """What is handed on: keys, (…, m, d), moved by every H since; values; Σ log f since a key."""
+    """What is handed on: keys, (…, m, d), moved by every H since; values; Σ log f since a key.
+
+    The last is None for a sequence that is read without forgetting.
+    """
 
     key: Any
     value: Any
@@ -64,9 +68,26 @@ def path_logits(query: Any, key: Any, direction: Any, beta: Any = 1.0) -> Any:
 
     Returns:
         (…, n, n).
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    if min(query.ndim, key.ndim) < 2 or query.shape[-2:] != key.shape[-2:]:
+        raise ValueError(
+            f"path_logits takes query and key (…, n, d), got {query.shape} and {key.shape}"
+        )
+    _check_direction(direction, key)
+    like, (query, key, direction) = query, map(wide, (query, key, direction))
     logits, _ = _logits(query, key, direction, per_token(beta, direction))
-    return logits
+    return narrow(logits, like)
+
+
+def _check_direction(direction: Any, key: Any) -> None:
+    leads = zip(direction.shape[-3::-1], key.shape[-3::-1], strict=False)
+    if direction.shape[-2:] != key.shape[-2:] or any(a != b and 1 not in (a, b) for a, b in leads):
+        raise ValueError(
+            f"direction is (…, n, d), one for each key: {key.shape} here, got {direction.shape}"
+        )
 
 
 def _logits(query: Any, key: Any, direction: Any, beta: Any) -> tuple[Any, Any]:
@@ -91,7 +112,7 @@ def path_attention(
     beta: Any = 1.0,
     log_forget: Any = None,
     scale: float | None = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """softmax(scale · A + Σ_{j < t ≤ i} log f_t) V over j ≤ i, with A of ``path_logits``.
@@ -103,20 +124,30 @@ def path_attention(
         beta: β, a number or broadcastable to (…, n).
         log_forget: log f likewise, at most 0 and finite; None for no forgetting.
         scale: the factor of A; None for 1/√d.
-        is_causal: anything but True is refused, unless there is one query for the last key.
+        is_causal: False is refused, unless there is one query for the last key.
         state: None for a whole sequence; ``()`` or a ``PathState`` to get the next one, too.  It
-            grows with the sequence, and all its keys are moved by every new token.
+            grows with the sequence, and all its keys are moved by every new token.  A sequence
+            forgets in all of its parts or in none: ``log_forget=0.0`` where nothing is forgotten.
 
     Returns:
         (…, n, e); with a state a pair of that and the next ``PathState``.
 
     Raises:
-        ValueError: the shapes do not fit, or the future is asked for.
+        ValueError: the shapes do not fit, the future is asked for, or the state comes from tokens
+            with ``log_forget`` and these have none, or the other way round.
     """
     query, rows = as_recurrence(query, key, value, is_causal, state)
-    scale = dot_product_scale(query.shape[-1]) if scale is None else scale
+    _check_direction(direction, key)
+    if state and (state[2] is None) != (log_forget is None):
+        raise ValueError(
+            "the state comes from a call with log_forget and this one has none, or the other way "
+            "round: pass it in all calls of a sequence (0.0 forgets nothing) or in none"
+        )
+    like, (query, key, value, direction) = value, map(wide, (query, key, value, direction))
+    scale = rate_of(dot_product_scale(query.shape[-1]) if scale is None else scale, query)
     beta = per_token(beta, key)
     since = None if log_forget is None else per_token(log_forget, key)
+    state = state and PathState(*state)
     if state:
         key = ops.concatenate([state.key, key], axis=-2)
         value = ops.concatenate([state.value, value], axis=-2)
@@ -125,8 +156,8 @@ def path_attention(
     logits = scale * logits
     if since is not None:
         logits, since = _forgetting(logits, since, state.log_forget if state else None)
-    y = ops.matmul(_causal_softmax(logits, m), value)
-    return rows(y) if state is None else (y, PathState(key, value, since))
+    y = narrow(rows(ops.matmul(_causal_softmax(logits, m), value)), like)
+    return y if state is None else (y, PathState(key, value, since))
 
 
 def _forgetting(logits: Any, log_forget: Any, earlier: Any) -> tuple[Any, Any]:
@@ -151,7 +182,7 @@ def deltaformer(
     direction: Any = None,
     beta: Any = 1.0,
     scale: float | None = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     state: Any = None,
 ) -> Any:
     """softmax(Q Kᵀ) U, where U are the values less what earlier ones already say.
@@ -165,7 +196,7 @@ def deltaformer(
         direction: w, (…, n, d); None for the queries.
         beta: β, a number or broadcastable to (…, n); 0 gives softmax attention.
         scale: the factor of both logits; None for 1/√d.
-        is_causal: anything but True is refused, unless there is one query for the last key.
+        is_causal: False is refused, unless there is one query for the last key.
         state: None for a whole sequence; ``()`` or a ``DeltaFormerState`` to get the next one, too.
 
     Returns:
@@ -181,9 +212,14 @@ def deltaformer(
             f"{query.shape[-2]} and {key.shape[-2]}: pass direction"
         )
     query, rows = as_recurrence(query, key, value, is_causal, state)
-    direction = query if direction is None else direction
-    scale = dot_product_scale(query.shape[-1]) if scale is None else scale
+    if direction is None:
+        direction = query
+    else:
+        _check_direction(direction, key)
+    like, (query, key, value, direction) = value, map(wide, (query, key, value, direction))
+    scale = rate_of(dot_product_scale(query.shape[-1]) if scale is None else scale, query)
     beta = per_token(beta, key)[..., None]
+    state = state and DeltaFormerState(*state)
     if state:
         key = ops.concatenate([state.key, key], axis=-2)
     m, keys = key.shape[-2] - query.shape[-2], ops.matrix_transpose(key)
@@ -194,4 +230,5 @@ def deltaformer(
     if state:
         value = ops.concatenate([state.value, value], axis=-2)
     y = ops.matmul(_causal_softmax(scale * ops.matmul(query, keys), m), value)
-    return rows(y) if state is None else (y, DeltaFormerState(key, value))
+    y = narrow(rows(y), like)
+    return y if state is None else (y, DeltaFormerState(key, value))

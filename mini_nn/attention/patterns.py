@@ -37,6 +37,7 @@ from ..backend import Array, current
 from ..engine import data_of
 from ..ops.elementwise import of
 from ..rng import Rng, default_rng
+from .arguments import check_booleans
 
 __all__ = [
     "atrous_mask", "big_bird_mask", "causal_mask", "fixed_mask", "local_mask", "reachable",
@@ -199,14 +200,18 @@ def sliding_window_mask(
         (…, n, m) booleans on the backend of ``global_mask``, if given, or on the current one.
 
     Raises:
-        ValueError: n > m, or a size is out of range.
+        ValueError: n > m, a size is out of range, or ``global_mask`` is not (…, m).
+        TypeError: ``global_mask`` is not boolean.
     """
     check_sizes(window=window, dilation=dilation)
     i, j = _positions(n, m)
     near = (abs(i - j) <= window * dilation) & ((i - j) % dilation == 0)
     if global_mask is not None:
-        chosen = data_of(global_mask)
-        first = chosen.shape[-1] - n
+        chosen, keys = data_of(global_mask), j.shape[-1]
+        if chosen.shape[-1:] != (keys,):
+            raise ValueError(f"global_mask is (…, {keys}), got {chosen.shape}")
+        check_booleans("global_mask", chosen)
+        first = keys - n
         near = near | chosen[..., None, :] | chosen[..., first:, None]
     return _directed(near, i, j, is_causal)
 
@@ -264,10 +269,13 @@ def reachable(masks: Sequence[Array]) -> Array:
 
     Raises:
         ValueError: there is no mask, or they are not square and alike.
+        TypeError: a mask is not boolean.
     """
     shapes = [mask.shape for mask in masks]
     if not shapes or any(s != (shapes[0][0], shapes[0][0]) for s in shapes):
         raise ValueError(f"reachable takes masks (n, n) of one n, at least one; got {shapes}")
+    for mask in masks:
+        check_booleans("each mask", mask)
     paths = data_of(masks[0])
     for mask in masks[1:]:  # counts up to n are exact in float32
         paths = data_of(mask).astype("float32") @ paths.astype("float32") > 0.0

@@ -35,7 +35,8 @@ that is where every feature in which the query is large has come to nothing in t
 largest one, the row is 0 (below 8e-25 in float32, 5e-277 in float64) and so is its gradient.
 Trigonometric features are stabilised by their factor e^(‖k‖²/2) in the same way, so they do not
 overflow; but their signs differ, so that a normaliser may vanish or be negative, against which
-nothing is done.  No logits exist to which a bias of relative positions could be added.
+nothing is done.  No logits exist to which a bias of relative positions could be added.  float16 is
+summed in float32, and a state of it is float32.
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import check_attention, check_key_mask, check_state
+from .arguments import (
+    check_attention,
+    check_state,
+    matched,
+    narrow,
+    same_lead,
+    wide,
+    without_pads,
+)
 from .chunked import chunked
 from .random_features import (
     exponential_log_features,
@@ -58,8 +67,8 @@ from .random_features import (
 )
 
 __all__ = [
-    "FavorState", "exponential_attention", "favor_attention", "generalized_kernel_attention",
-    "oprf_attention", "released_favor_attention",
+    "FavorState", "check_feature", "exponential_attention", "favor_attention",
+    "generalized_kernel_attention", "oprf_attention", "released_favor_attention",
 ]  # fmt: skip
 
 
@@ -94,7 +103,8 @@ def favor_attention(
             half of its variance or less; ``"trigonometric"``, cos and sin of w·x.
         is_causal: query i sees the keys up to i only; then n = m.
         state: see ``arguments``; a ``FavorState``.
-        key_mask: (…, m) booleans, true for the keys that exist; a row without any is 0.
+        key_mask: booleans that broadcast to (…, m), true for the keys that exist: a pad may hold
+            anything, even nan.  A row without any key is 0.
 
     Returns:
         (…, n, e), and the next state if one was given.  For features that are positive each row is
@@ -102,16 +112,15 @@ def favor_attention(
 
     Raises:
         ValueError: the shapes do not fit, another feature, or a state without ``is_causal``.
+        TypeError: ``key_mask`` is not of booleans, or the state is no tuple.
     """
-    _check(query, key, value, projection, is_causal, state, key_mask)
+    check_feature(feature)
+    query, key, value = _checked(query, key, value, projection, is_causal, state, key_mask)
     query, key = (x * x.shape[-1] ** -0.25 for x in (query, key))
     if feature == "trigonometric":
         half_square = 0.5 * ops.sum(key * key, axis=-1)
         query, key = (_waves(x, projection) for x in (query, key))
         return _from_features(query, key, half_square, value, is_causal, state, key_mask)
-    if feature not in LOG_FEATURES:
-        known = ", ".join([*LOG_FEATURES, "trigonometric"])
-        raise ValueError(f"feature is one of {known}, got {feature!r}")
     query, key = (LOG_FEATURES[feature](x, projection) for x in (query, key))
     return _from_logarithms(query, key, value, is_causal, state, key_mask)
 
@@ -138,10 +147,10 @@ def oprf_attention(
         As ``favor_attention``.  At S = 0 it is the same estimate.
 
     Raises:
-        ValueError: as there, or ``mean_square`` is missing although the call is causal: the mean
-            over a whole sequence tells every token of those to come.
+        ValueError: as there, or ``mean_square`` is a number below 0, or missing although the call
+            is causal: the mean over a whole sequence tells every token of those to come.
     """
-    _check(query, key, value, projection, is_causal, state, key_mask)
+    query, key, value = _checked(query, key, value, projection, is_causal, state, key_mask)
     if is_causal and mean_square is None:
         raise ValueError(
             "the mean of ‖q + k‖² looks at the whole sequence, which would leak into earlier "
@@ -180,7 +189,7 @@ def exponential_attention(
     Raises:
         ValueError: as ``favor_attention``.
     """
-    _check(query, key, value, projection, is_causal, state, key_mask)
+    query, key, value = _checked(query, key, value, projection, is_causal, state, key_mask)
     if projection is not None:
         query, key = (exponential_log_features(x, projection) for x in (query, key))
     return _from_logarithms(query, key, value, is_causal, state, key_mask)
@@ -212,7 +221,7 @@ def generalized_kernel_attention(
     Raises:
         ValueError: as ``favor_attention``.
     """
-    _check(query, key, value, projection, is_causal, state, key_mask)
+    query, key, value = _checked(query, key, value, projection, is_causal, state, key_mask)
     query, key = (
         generalized_features(x * x.shape[-1] ** -0.25, projection, f, eps) for x in (query, key)
     )
@@ -227,6 +236,8 @@ def released_favor_attention(
     projection: Any,
     eps: float = 1e-4,
     is_causal: bool = False,
+    state: Any = None,
+    key_mask: Any = None,
 ) -> Any:
     """FAVOR+ as the authors' code and its ports stabilise it, for weights that were trained so.
 
@@ -235,8 +246,9 @@ def released_favor_attention(
     key is far above the rest, the rest is ε and attention is nearly uniform.
 
     Args:
-        query, key, value, projection: as ``favor_attention``.
+        query, key, value, projection, key_mask: as ``favor_attention``.
         eps: ε; with 0 the result is that of ``favor_attention``.
+        is_causal, state: there for the one signature of all; neither is possible.
 
     Returns:
         (…, n, e).
@@ -244,21 +256,31 @@ def released_favor_attention(
     Raises:
         ValueError: the shapes do not fit, or ``is_causal``: tokens would see those to come.
     """
-    if is_causal:
+    if is_causal or state is not None:
         raise ValueError(
             "the released stabiliser takes the maximum of the whole sequence, so it cannot be "
             "causal: use favor_attention"
         )
-    _check(query, key, value, projection, False, None, None)
+    query, key, value = _checked(query, key, value, projection, False, None, key_mask)
     query, key = (x * x.shape[-1] ** -0.25 for x in (query, key))
     logs = [positive_log_features(x, projection) for x in (query, key)]
     # the maxima are those of w·x, before ‖x‖²/2 is taken off: this matters, because of ε
     heights = [data_of(ops.linear(x, projection.astype(x.dtype))) for x in (query, key)]
+    top = heights[0].max(axis=-1, keepdims=True)
+    weighed = _with_ones(wide(value))
+    if key_mask is not None:
+        real = key_mask[..., None]
+        heights[1] = of(heights[1]).where(real, heights[1], float("-inf"))
+        weighed = ops.where(real, weighed, 0.0)
+    exponents = logs[1] - heights[1].max(axis=(-1, -2), keepdims=True)
+    if key_mask is not None:
+        exponents = ops.where(real, exponents, 0.0)
     count = projection.shape[-2] ** 0.5  # φ below is √m times the one of these logarithms
-    rows = ops.exp(logs[0] - heights[0].max(axis=-1, keepdims=True)) * count + eps
-    columns = ops.exp(logs[1] - heights[1].max(axis=(-1, -2), keepdims=True)) * count + eps
-    sums = ops.matmul(rows, ops.matmul(ops.matrix_transpose(columns), _with_ones(value)))
-    return sums[..., :-1] / sums[..., -1:]
+    eps = matched(eps, query)
+    rows = ops.exp(logs[0] - top) * count + eps
+    columns = ops.exp(exponents) * count + eps
+    sums = ops.matmul(rows, ops.matmul(ops.matrix_transpose(columns), weighed))
+    return narrow(_quotient(sums), value)
 
 
 # Features
@@ -268,6 +290,13 @@ LOG_FEATURES: dict[str, Callable[[Any, Any], Any]] = {
     "positive": positive_log_features,
     "hyperbolic": hyperbolic_log_features,
 }
+
+
+def check_feature(feature: str) -> None:
+    """Raise ValueError, with those there are, unless ``favor_attention`` has this feature."""
+    known = [*LOG_FEATURES, "trigonometric"]
+    if feature not in known:
+        raise ValueError(f"feature is one of {', '.join(known)}, got {feature!r}")
 
 
 def _waves(x: Any, projection: Any) -> Any:
@@ -304,8 +333,8 @@ def _from_logarithms(
     if key_mask is not None:
         log_key = ops.where(key_mask[..., None], log_key, float("-inf"))
     held = ops.logsumexp(log_key, axis=-2, keepdims=True)
-    means = ops.matmul(ops.matrix_transpose(ops.softmax(log_key, axis=-2)), value)
-    return ops.matmul(ops.softmax(log_query + held, axis=-1), means)
+    means = ops.matmul(ops.matrix_transpose(ops.softmax(log_key, axis=-2)), wide(value))
+    return narrow(ops.matmul(ops.softmax(log_query + held, axis=-1), means), value)
 
 
 def _from_features(
@@ -321,6 +350,7 @@ def _from_features(
 
     Args:
         log_scale: (…, m); the features themselves are of moderate size.
+        value: of the dtype that came in, and of the result.
     """
     xp = of(data_of(key))
     low = float("-inf")
@@ -335,23 +365,24 @@ def _from_features(
             maximum = xp.full((*heights.shape[:-1],), low, heights.dtype)
         track = _running_maximum(xp.concatenate([maximum[..., None], heights], axis=-1))
         maximum = track[..., -1]
-        some = track > low  # before the first key there is nothing to be scaled
+        some = track != low  # before the first key there is nothing to be scaled
         frame = xp.where(some, track, 0.0)
         decay = xp.where(some[..., :-1], frame[..., :-1] - frame[..., 1:], 0.0)
         frame = frame[..., 1:]
     elif heights.shape[-1]:
-        frame = heights.max(axis=-1, keepdims=True)
-        frame = xp.where(frame > low, frame, 0.0)
+        frame = heights.max(axis=-1, keepdims=True)  # −inf only where there is no key
     else:
         frame = heights
     exponents = log_scale - frame
     if key_mask is not None:
         exponents = ops.where(key_mask, exponents, low)
-    columns = _with_ones(value) * ops.exp(exponents)[..., None]
+    columns = _with_ones(wide(value)) * ops.exp(exponents)[..., None]
     if not is_causal:
-        return _quotient(ops.matmul(query, ops.matmul(ops.matrix_transpose(key), columns)))
+        sums = ops.matmul(query, ops.matmul(ops.matrix_transpose(key), columns))
+        return narrow(_quotient(sums), value)
     sums, memory = chunked(query, key, columns, decay, memory)
-    return _quotient(sums) if state is None else (_quotient(sums), FavorState(memory, maximum))
+    y = narrow(_quotient(sums), value)
+    return y if state is None else (y, FavorState(memory, maximum))
 
 
 def _running_maximum(x: Array) -> Array:
@@ -371,15 +402,15 @@ def _with_ones(value: Any) -> Any:
 
 
 def _quotient(sums: Any) -> Any:
-    """The first columns over the last one; 0 where that is too small to be divided by."""
+    """The first columns over the last one; 0 where that is too small to be divided by, not nan."""
     numbers = of(data_of(sums)).finfo(sums.dtype)
     least = float(numbers.tiny) / float(numbers.eps) ** 2
     total = sums[..., -1:]
-    enough = abs(data_of(total)) >= least
+    enough = ~(abs(data_of(total)) < least)  # true for nan, which has to stay
     return ops.where(enough, sums[..., :-1] / ops.where(enough, total, 1.0), 0.0)
 
 
-def _check(
+def _checked(
     query: Any,
     key: Any,
     value: Any,
@@ -387,18 +418,26 @@ def _check(
     is_causal: bool,
     state: Any,
     key_mask: Any,
-) -> None:
+) -> tuple[Any, Any, Any]:
+    """Queries and keys to work with, at least float32, and values; pads are 0 in the last two."""
     check_attention(query, key, value)
     check_state(state, is_causal)
-    if key_mask is not None:
-        check_key_mask(key_mask, key)
     if is_causal and query.shape[-2] != key.shape[-2]:
         raise ValueError(
             "a causal Performer takes as many queries as keys, got "
             f"{query.shape[-2]} and {key.shape[-2]}: with a cache, hand on the state instead"
         )
-    if projection is not None and projection.shape[-1] != query.shape[-1]:
+    if projection is not None and (projection.ndim != 2 or projection.shape[-1] != query.shape[-1]):
         raise ValueError(
             f"the projection is (features, d) with d = {query.shape[-1]} as in the queries, got "
             f"{projection.shape}"
         )
+    if key_mask is not None:
+        key, value = without_pads(key_mask, key, value)
+    if is_causal:
+        query, key, value = same_lead(query, key, value)
+    if state and state[1].shape != key.shape[:-2]:
+        raise ValueError(
+            f"this state is of tokens with leading axes {state[1].shape}, not {key.shape[:-2]}"
+        )
+    return wide(query), wide(key), value

@@ -15,13 +15,14 @@ code has an object beside the model count its passes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .. import backend
 from ..backend import Array
 from ..nn.module import Module, Parameter
 from ..rng import Rng, default_rng
-from .performer import exponential_attention, favor_attention
+from .performer import check_feature, exponential_attention, favor_attention
 from .random_matrix import gaussian_matrix, orthogonal_matrix
 
 __all__ = ["ExponentialAttention", "PerformerAttention"]
@@ -58,7 +59,9 @@ class PerformerAttention(Module):
         projection: W (num_features, head_dim), a buffer: saved, not trained.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, or a ``partial`` of ``favor_attention`` names a feature
+            that there is not.
+        TypeError: ``attention`` is no function.
     """
 
     def __init__(
@@ -77,6 +80,13 @@ class PerformerAttention(Module):
                 "PerformerAttention takes numbers of at least 1, got "
                 f"{head_dim=}, {num_features=} and {redraw_interval=}"
             )
+        if not callable(attention):
+            raise TypeError(
+                "attention is a function of mini_nn.attention, such as favor_attention or "
+                f"partial(favor_attention, feature=…), got {attention!r}"
+            )
+        if isinstance(attention, partial) and attention.func is favor_attention:
+            check_feature(attention.keywords.get("feature", "positive"))
         self.head_dim = head_dim
         self.num_features = features
         self.redraw_interval = redraw_interval
@@ -118,7 +128,7 @@ class PerformerAttention(Module):
             ValueError: there is an ``attn_mask``.
         """
         if attn_mask is not None:
-            raise ValueError(NO_MATRIX.format(attn_mask.shape))
+            raise ValueError(NO_MATRIX.format(getattr(attn_mask, "shape", attn_mask)))
         if self.training and self.draws.count(self.redraw_interval):
             self.redraw()
         return self.attention(
@@ -143,6 +153,9 @@ class ExponentialAttention(Module):
 
     Attributes:
         weight: W (num_features, head_dim), shared by the heads.
+
+    Raises:
+        ValueError: a number is below 1.
     """
 
     def __init__(
@@ -164,7 +177,7 @@ class ExponentialAttention(Module):
     ) -> Any:
         """As ``PerformerAttention``."""
         if attn_mask is not None:
-            raise ValueError(NO_MATRIX.format(attn_mask.shape))
+            raise ValueError(NO_MATRIX.format(getattr(attn_mask, "shape", attn_mask)))
         return exponential_attention(query, key, value, self.weight, is_causal, state, key_mask)
 
 

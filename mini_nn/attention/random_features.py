@@ -47,7 +47,10 @@ from typing import Any
 
 from .. import ops
 from ..backend import Array
+from ..engine import primitive
+from ..ops.elementwise import of
 from ..rng import Rng
+from .arguments import matched
 
 __all__ = [
     "KERNELS", "arc_cosine_kernel", "exponential_features", "exponential_log_features",
@@ -113,9 +116,14 @@ def oprf_rho(s: Array | float, d: int) -> Array | float:
 
     Returns:
         ρ*, as ``s``: 1 at s = 0, where nothing is gained, and about d / 2s for large s.
+
+    Raises:
+        ValueError: ``s`` is a number below 0; in an array that gives nan, or no such features.
     """
     if isinstance(s, (int, float)):
         s = float(s)
+        if s < 0.0:
+            raise ValueError(f"‖q + k‖² is at least 0, and so is its mean s, got {s}")
     t = 2.0 * s + d
     return 2.0 * d / (t + (t * t + 8.0 * d * s) ** 0.5)  # the root without its cancellation
 
@@ -196,7 +204,7 @@ def oprf_features(x: Array, w: Array, s: Array | float) -> Array:
         (…, n, m).
 
     Raises:
-        ValueError: ``w`` is not (m, d), or ``x`` has another d.
+        ValueError: ``w`` is not (m, d), ``x`` has another d, or ``s`` is a number below 0.
     """
     return ops.exp(oprf_log_features(x, w, s))
 
@@ -253,6 +261,7 @@ def generalized_features(
     Raises:
         ValueError: ``w`` is not (m, d), or ``x`` has another d.
     """
+    eps = matched(eps, x)
     if w is None:
         return f(x) + eps
     return f(_projected(x, w)) * (w.shape[0] ** -0.5) + eps
@@ -417,12 +426,21 @@ def arc_cosine_kernel(q: Array, k: Array) -> Array:
         q, k: (…, d).
 
     Returns:
-        (…); 0 where one of them is 0.
+        (…); 0 where one of them is 0, and so is the gradient of that one.
     """
-    lengths = ops.sqrt(_square(q) * _square(k))
+    lengths = ops.norm(q, axis=-1) * ops.norm(k, axis=-1)
     safe = ops.where(lengths > 0.0, lengths, 1.0)
-    t = ops.arccos(ops.clip(_dot(q, k) / safe, -1.0, 1.0))
-    return lengths * (ops.sin(t) + (math.pi - t) * ops.cos(t)) * (0.5 / math.pi)
+    return lengths * _of_the_cosine(ops.clip(_dot(q, k) / safe, -1.0, 1.0))
+
+
+@primitive
+def _of_the_cosine(c: Any) -> Any:
+    """(sin t + (π − t) c) / 2π with c = cos t: both terms have infinite slopes at c = ±1."""
+    t = of(c).arccos(c)
+    return (of(c).sin(t) + (math.pi - t) * c) * (0.5 / math.pi)
+
+
+_of_the_cosine.derivative(c=lambda g, c: g * ((math.pi - ops.arccos(c)) * (0.5 / math.pi)))
 
 
 def _paired(m: int, d: int) -> float:

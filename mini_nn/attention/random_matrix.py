@@ -21,7 +21,8 @@ al. 2016, Section 4; Choromanski et al. 2017, arXiv:1703.00864
 ==============================================================  =======================
 
 All have one call, ``law(m, d, rng, dtype="float32")``, and give an array on the current backend;
-the numbers are drawn on the host, so that a seed gives the same ones everywhere.
+the numbers are drawn on the host, so that a seed gives the same ones everywhere.  Three of them
+also take other lengths, by the keyword ``norms``.
 
 What makes the orthogonal rows Gaussian is easily lost.  Q of a QR decomposition has the Haar
 measure only with the signs of R's diagonal (Mezzadri 2006, arXiv:math-ph/0609050): without them
@@ -114,7 +115,7 @@ def gaussian_matrix(m: int, d: int, rng: Rng, dtype: Any = "float32") -> Array:
 
 
 def orthogonal_matrix(
-    m: int, d: int, rng: Rng, norms: Norms = chi_norms, dtype: Any = "float32"
+    m: int, d: int, rng: Rng, dtype: Any = "float32", *, norms: Norms = chi_norms
 ) -> Array:
     """Directions of Haar measure, orthogonal within each block of d rows, and independent lengths.
 
@@ -144,26 +145,26 @@ def regularized_matrix(m: int, d: int, rng: Rng, dtype: Any = "float32") -> Arra
     Its kernel is smaller than e^{q·k}, by the factor ₀F₁(d/2; d‖q + k‖²/4) e^{−‖q + k‖²/2}, which
     goes to 1 with d.
     """
-    return orthogonal_matrix(m, d, rng, constant_norms, dtype)
+    return orthogonal_matrix(m, d, rng, dtype, norms=constant_norms)
 
 
 def quantile_matrix(m: int, d: int, rng: Rng, dtype: Any = "float32") -> Array:
     """``orthogonal_matrix`` with ``quantile_norms``; arguments and errors are the same."""
-    return orthogonal_matrix(m, d, rng, quantile_norms, dtype)
+    return orthogonal_matrix(m, d, rng, dtype, norms=quantile_norms)
 
 
 def midpoint_matrix(m: int, d: int, rng: Rng, dtype: Any = "float32") -> Array:
     """``orthogonal_matrix`` with ``midpoint_norms``; arguments and errors are the same."""
-    return orthogonal_matrix(m, d, rng, midpoint_norms, dtype)
+    return orthogonal_matrix(m, d, rng, dtype, norms=midpoint_norms)
 
 
 def jittered_matrix(m: int, d: int, rng: Rng, dtype: Any = "float32") -> Array:
     """``orthogonal_matrix`` with ``jittered_norms``; arguments and errors are the same."""
-    return orthogonal_matrix(m, d, rng, jittered_norms, dtype)
+    return orthogonal_matrix(m, d, rng, dtype, norms=jittered_norms)
 
 
 def givens_matrix(
-    m: int, d: int, rng: Rng, norms: Norms = chi_norms, dtype: Any = "float32"
+    m: int, d: int, rng: Rng, dtype: Any = "float32", *, norms: Norms = chi_norms
 ) -> Array:
     """Blocks that are products of d⌈ln d⌉ rotations, each in a plane of two random axes.
 
@@ -172,7 +173,7 @@ def givens_matrix(
     and with them e^{q·k}, are not exact.
 
     Args:
-        m, d, rng, norms, dtype: as for ``orthogonal_matrix``.
+        m, d, rng, dtype, norms: as for ``orthogonal_matrix``.
 
     Returns:
         (m, d).
@@ -196,7 +197,7 @@ def givens_matrix(
 
 
 def hadamard_matrix(
-    m: int, d: int, rng: Rng, norms: Norms = chi_norms, dtype: Any = "float32"
+    m: int, d: int, rng: Rng, dtype: Any = "float32", *, norms: Norms = chi_norms
 ) -> Array:
     """Blocks H D₁ H D₂ H D₃: Hadamard's matrix over √d and independent diagonals of signs.
 
@@ -205,7 +206,7 @@ def hadamard_matrix(
     with them e^{q·k}, are right up to 1/d; at d = 1 and d = 2 the directions are a handful.
 
     Args:
-        m, d, rng, norms, dtype: as for ``orthogonal_matrix``; d is a power of two.  Yu et al. take
+        m, d, rng, dtype, norms: as for ``orthogonal_matrix``; d is a power of two.  Yu et al. take
             ``constant_norms``.
 
     Returns:

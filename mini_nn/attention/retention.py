@@ -31,13 +31,14 @@ Deviations: the angles are θ_j = 10000^{−j/(d/2 − 1)} from 1 to 10⁻⁴, a
 paper cites xPos, whose exponent is 2j/d as in RoPE.  Their code normalises heads by RMSNorm
 (``norm=``), the paper by GroupNorm, which is the default here, without weights.  The score
 normalisation of the code takes Σ|R|, the paper |Σ R|.  ``norm_attention`` expects query and key
-behind their feature map.
+behind their feature map.  float16 is summed in float32: outputs are float16, states float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from .. import nn, ops
@@ -46,7 +47,17 @@ from ..engine import data_of
 from ..nn import Module, init
 from ..ops.elementwise import of
 from ..rng import Rng
-from .arguments import as_recurrence, check_attention, check_state
+from .arguments import (
+    as_recurrence,
+    check_attention,
+    check_key_mask,
+    check_lead,
+    check_state,
+    narrow,
+    rate_of,
+    wide,
+    without_pads,
+)
 from .chunked import chunked, recurrent
 
 __all__ = [
@@ -85,8 +96,8 @@ def _log_decay(query: Any, decay: Decay) -> Any:
             raise ValueError(f"a decay is above 0 and at most 1, got {decay}")
         logs = [math.log(rate) for rate in rates]
     else:
-        return _per_head(query, ops.log(decay).reshape(-1))
-    return _per_head(query, of(data_of(query)).asarray(logs, query.dtype))
+        logs = ops.log(decay)  # in its own dtype: float32 has no digits for γ near 1
+    return _per_head(query, rate_of(logs, query).reshape(-1))
 
 
 def _per_head(query: Any, logs: Any) -> Any:
@@ -123,7 +134,7 @@ def retention(
         is_causal: may be False for one query only, which is the last token.
         state: None; or ``()`` or what the call before returned.
         key_mask: broadcastable to (…, h, n), booleans that are true for real tokens; at the others
-            nothing is written and nothing forgotten.
+            nothing is written and nothing forgotten, whatever their keys and values hold.
         chunk_size: see ``chunked``.
 
     Returns:
@@ -132,14 +143,10 @@ def retention(
     Raises:
         ValueError: the shapes do not fit, a decay is not in (0, 1], or there are several queries
             without ``is_causal``.
+        TypeError: ``key_mask`` has no booleans.
     """
-    query, rows = as_recurrence(query, key, value, is_causal, state)
-    log_decay = _log_decay(query, decay)
-    if key_mask is not None:
-        real = of(data_of(key)).broadcast_to(data_of(key_mask), key.shape[:-1])
-        key, log_decay = ops.where(real[..., None], key, 0.0), ops.where(real, log_decay, 0.0)
-    y, last = chunked(query, key, value, log_decay, state[0] if state else None, chunk_size)
-    return rows(y) if state is None else (rows(y), RetentionState(last))
+    form = partial(chunked, chunk_size=chunk_size)
+    return _retained(form, query, key, value, decay, is_causal, state, key_mask)
 
 
 def recurrent_retention(
@@ -149,11 +156,29 @@ def recurrent_retention(
     decay: Decay = None,
     is_causal: bool = True,
     state: tuple[Array, ...] | None = None,
+    key_mask: Array | None = None,
 ) -> Any:
-    """``retention`` token by token, as a decoder computes it: the arguments are the same."""
+    """``retention`` token by token, as a decoder computes it; the arguments are the same."""
+    return _retained(recurrent, query, key, value, decay, is_causal, state, key_mask)
+
+
+def _retained(
+    form: Callable[..., Any],
+    query: Any,
+    key: Any,
+    value: Any,
+    decay: Decay,
+    is_causal: bool,
+    state: Any,
+    key_mask: Any,
+) -> Any:
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal, state)
     log_decay = _log_decay(query, decay)
-    y, last = recurrent(query, key, value, log_decay, state[0] if state else None)
+    if key_mask is not None:
+        key, value = without_pads(key_mask, key, value)
+        log_decay = ops.where(data_of(key_mask), log_decay, 0.0)
+    y, last = form(query, key, value, log_decay, state[0] if state else None)
     return rows(y) if state is None else (rows(y), RetentionState(last))
 
 
@@ -166,8 +191,10 @@ def parallel_retention(
     normalize: bool = False,
 ) -> Array:
     """``retention`` by its (n, n) matrix; with ``normalize`` each row times a positive number."""
+    check_lead(query, key, value)
     query, rows = as_recurrence(query, key, value, is_causal)
-    return rows(ops.matmul(retention_scores(query, key, decay, normalize), value))
+    scores = retention_scores(wide(query), wide(key), decay, normalize)
+    return rows(narrow(ops.matmul(scores, wide(value)), value))
 
 
 def retention_scores(
@@ -189,16 +216,17 @@ def retention_scores(
     check_attention(query, key, key)
     if query.shape != key.shape:
         raise ValueError(f"retention takes a query for each key, got {query.shape} and {key.shape}")
+    like, query, key = query, wide(query), wide(key)
     xp, n = of(data_of(query)), query.shape[-2]
     past = xp.arange(n)[:, None] - xp.arange(n)
     steps = xp.where(past < 0, 0, past).astype(query.dtype)
     d = ops.exp(steps * _log_decay(query, decay)[..., None]) * (past >= 0).astype(query.dtype)
     scores = ops.matmul(query, ops.matrix_transpose(key))
     if not normalize:
-        return scores * d
+        return narrow(scores * d, like)
     scores = scores * (1.0 / math.sqrt(query.shape[-1]))
     r = scores * (d * ops.rsqrt(ops.sum(d, axis=-1, keepdims=True)))
-    return r / ops.maximum(ops.abs(ops.sum(r, axis=-1, keepdims=True)), 1.0)
+    return narrow(r / ops.maximum(ops.abs(ops.sum(r, axis=-1, keepdims=True)), 1.0), like)
 
 
 # Rotation
@@ -233,10 +261,15 @@ def rotate_pairs(x: Array, start: int = 0, step: int = 1) -> Array:
     Raises:
         ValueError: d is odd.
     """
+    # float32 has no digits for large angles
+    return _turned(x, start + step * of(data_of(x)).arange(x.shape[-2], dtype="float64"))
+
+
+def _turned(x: Any, places: Any) -> Any:
+    """Each token of x (…, n, d) turned by its place times θ; places broadcast to (…, n)."""
     *lead, n, d = x.shape
     xp = of(data_of(x))
-    places = start + step * xp.arange(n, dtype="float64")  # float32 has no digits for large angles
-    angles = places[:, None] * xp.asarray(retention_angles(d), "float64")
+    angles = places[..., None] * xp.asarray(retention_angles(d), "float64")
     cos, sin = xp.cos(angles).astype(x.dtype), xp.sin(angles).astype(x.dtype)
     pairs = x.reshape((*lead, n, d // 2, 2))
     re, im = pairs[..., 0], pairs[..., 1]
@@ -303,21 +336,22 @@ class MultiScaleRetention(Module):
             input: the tokens.
             state: None; or ``()`` or what the call before returned, a ``RetentionState`` of
                 (…, h, d, e), which is turned as the next token sees it.
-            key_mask: (…, n) booleans, true for real tokens.
+            key_mask: broadcastable to (…, n), booleans that are true for real tokens.  The others
+                have no position: wherever they stand, what comes out at real tokens is as
+                without them.
 
         Returns:
             The output; with a state also the next one.
         """
-        n = input.shape[-2]
         query, key, value = (
             self._heads(layer(input)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate_pairs(query), rotate_pairs(key * query.shape[-1] ** -0.5)
-        real = None if key_mask is None else key_mask[..., None, :]
+        places, count, real = _places(input, key_mask)
+        query, key = _turned(query, places), _turned(key * query.shape[-1] ** -0.5, places)
         y = retention(query, key, value, key_mask=real, state=state)
         if state is not None:
             y, (memory,) = y
-            turned = rotate_pairs(ops.matrix_transpose(memory), -n, 0)
+            turned = _turned(ops.matrix_transpose(memory), -count)
             state = RetentionState(ops.matrix_transpose(turned))
         y = self.norm(ops.swapaxes(y, -2, -3)).reshape((*input.shape[:-1], self.value_dim))
         y = self.out_proj(ops.silu(self.g_proj(input)) * y)
@@ -327,6 +361,17 @@ class MultiScaleRetention(Module):
         """(…, n, h d) as (…, h, n, d)."""
         *lead, d = x.shape
         return ops.swapaxes(x.reshape((*lead, self.num_heads, d // self.num_heads)), -2, -3)
+
+
+def _places(input: Any, key_mask: Any) -> tuple[Any, Any, Any]:
+    """For all heads: the places (…, 1, n) of real tokens among themselves, their number, a mask."""
+    xp, n = of(data_of(input)), input.shape[-2]
+    if key_mask is None:
+        return xp.arange(n, dtype="float64"), xp.full((1,), float(n), "float64"), None
+    check_key_mask(key_mask, input)
+    real = xp.broadcast_to(data_of(key_mask), input.shape[:-1])[..., None, :]
+    ones = real.astype("float64")
+    return ones.cumsum(axis=-1) - 1.0, ones.sum(axis=-1, keepdims=True), real
 
 
 def norm_attention(
@@ -360,9 +405,11 @@ def norm_attention(
     """
     check_attention(query, key, value)
     check_state(state, is_causal)
+    like, (query, key, value) = value, map(wide, (query, key, value))
+    weight, eps = rate_of(weight, query), float(eps)
     if not is_causal:
         memory = ops.matmul(ops.matrix_transpose(key), value)
-        return ops.rms_norm(ops.matmul(query, memory), weight, eps)
+        return narrow(ops.rms_norm(ops.matmul(query, memory), weight, eps), like)
     y, last = chunked(query, key, value, None, state[0] if state else None)
-    y = ops.rms_norm(y, weight, eps)
+    y = narrow(ops.rms_norm(y, weight, eps), like)
     return y if state is None else (y, RetentionState(last))

@@ -24,6 +24,7 @@ u = B·input, output = Re(C x) + D ∘ input   the same, eq. 1 and A      ``LRU`
 γ keeps the variance of the state at that of its white input, however close λ is to the circle.
 
 Deviations: complex numbers are pairs of real arrays, since the engine differentiates real ones.
+``lru`` sums float16 in float32: outputs are float16, states float32.
 The uniform |λ|² of the initialisation is kept 10⁻⁷ away from 0 and 1, where ν′ would be infinite.
 """
 
@@ -38,6 +39,7 @@ from ..backend import Array
 from ..nn.module import Module, Parameter
 from ..ops.elementwise import of
 from ..rng import Rng, default_rng
+from .arguments import narrow, rate_of, wide
 
 __all__ = [
     "LRU", "Complex", "associative_scan", "compose_affine", "hillis_steele_scan", "linear_scan",
@@ -210,6 +212,8 @@ def lru(
             "lru takes an update of two arrays (…, n, d), nu (d,) and theta (d,), got "
             f"{u.shape}, {v.shape}, {nu.shape} and {theta.shape}"
         )
+    like, u, v = u, wide(u), wide(v)
+    nu, theta, gamma = (rate_of(x, u) for x in (nu, theta, gamma))
     if gamma is None:
         gamma = ops.sqrt(-ops.expm1(-2.0 * nu))
     n, radius = u.shape[-2], ops.exp(-nu)
@@ -225,9 +229,10 @@ def lru(
         start = Complex(*state)
         a, b = (ops.expand_dims(part, -2) for part in start)
         x = Complex(p * a - q * b + r, p * b + q * a + s)
+    outputs = Complex(narrow(x.real, like), narrow(x.imag, like))
     if state is None:
-        return x
-    return x, Complex(x.real[..., -1, :], x.imag[..., -1, :]) if n else start
+        return outputs
+    return outputs, Complex(x.real[..., -1, :], x.imag[..., -1, :]) if n else start
 
 
 class LRU(Module):

@@ -94,12 +94,13 @@ def short_conv(x: Any, weight: Any, bias: Any = None, state: Any = None) -> Any:
         raise ValueError(
             f"short_conv takes (…, t, d) and a weight (d, w), got {x.shape} and {weight.shape}"
         )
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(f"the bias is (d,) = {x.shape[-1:]} here, got {bias.shape}")
     width = weight.shape[1]
-    if state:
-        before = state[0]
-    else:
-        lead = (*x.shape[:-2], width - 1, x.shape[-1])
-        before = of(data_of(x)).zeros(lead, x.dtype)
+    shape = (*x.shape[:-2], width - 1, x.shape[-1])
+    before = state[0] if state else of(data_of(x)).zeros(shape, x.dtype)
+    if before.shape != shape:
+        raise ValueError(f"the state is (…, w − 1, d) = {shape} here, got {before.shape}")
     seen = ops.concatenate([before, x], axis=-2)
     y = _windows(seen, weight)
     y = y if bias is None else y + bias

@@ -25,7 +25,8 @@ L̄ is the gradient of L itself, which ``combine`` needs: ∂L/∂S = P.
 Deviations: tiles are not square but long, over the keys on the way forward and over the queries on
 the way back, where they need not be added up: what costs here is the number of calls, and not that
 of bytes in a GPU's shared memory.  They span all batches and heads.  The backward pass has queries
-in the inner loop, as the first of the two papers.
+in the inner loop, as the first of the two papers.  float16 is summed in float32, except in the
+parts of ``partial_attention``, which stay in the dtype they are given.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .. import ops
 from ..engine import data_of, primitive
 from ..ops.elementwise import of
 from ..ops.fused import as_rows
-from .arguments import check_attention, check_state
+from .arguments import check_attention, check_state, narrow, score_scale, wide
 
 __all__ = [
     "KeyValues", "blockwise_attention", "combine", "extend", "partial_attention",
@@ -65,10 +66,10 @@ def extend(state: Any, key: Any, value: Any) -> KeyValues:
     """
     if len(state) == 0:
         return KeyValues(key, value)
-    for old, new in zip(state, (key, value), strict=True):
+    keys, values = state
+    for old, new in ((keys, key), (values, value)):
         if (*old.shape[:-2], old.shape[-1]) != (*new.shape[:-2], new.shape[-1]):
             raise ValueError(f"a state of shape {old.shape} cannot go on with {new.shape}")
-    keys, values = state
     return KeyValues(
         ops.concatenate([keys, key], axis=-2), ops.concatenate([values, value], axis=-2)
     )
@@ -91,7 +92,8 @@ def softmax_attention(
         value: (…, m, e).
         attn_mask: as for ``ops.scaled_dot_product_attention``; with a state its last axis counts
             the keys of the state too.
-        is_causal: query i looks at keys j ≤ i only; with a state, at all of the state as well.
+        is_causal: query i looks at keys j ≤ i only, both counted from the first also if n ≠ m; with
+            a state, at all of the state as well.
         scale: the factor of the scores; None for 1/√d.
         state: None, or ``()`` before the first token, or the ``KeyValues`` of the call before.
 
@@ -101,16 +103,23 @@ def softmax_attention(
 
     Raises:
         ValueError: the shapes do not fit; a state without ``is_causal``, or of other shapes.
+        TypeError: the state is no tuple.
     """
+    check_attention(query, key, value)
     check_state(state, is_causal)
-    attend = ops.scaled_dot_product_attention
+
+    def attend(keys_values: Any, mask: Any, causal: bool) -> Any:
+        q, k, v = (wide(x) for x in (query, *keys_values))
+        factor = score_scale(scale, q)
+        return narrow(ops.scaled_dot_product_attention(q, k, v, mask, causal, factor), query)
+
     if state is None:
-        return attend(query, key, value, attn_mask, is_causal, scale)
+        return attend((key, value), attn_mask, is_causal)
     offset, state = _continued(query, key, value, state)
     if offset == 0:
-        return attend(query, *state, attn_mask, True, scale), state
+        return attend(state, attn_mask, True), state
     if query.shape[-2] == 1:  # the last token may look at everything
-        return attend(query, *state, attn_mask, False, scale), state
+        return attend(state, attn_mask, False), state
     allowed = _visible(of(query), query.shape[-2], state.key.shape[-2], offset)
     if attn_mask is None:
         attn_mask = allowed
@@ -118,7 +127,7 @@ def softmax_attention(
         attn_mask = data_of(attn_mask) & allowed
     else:
         attn_mask = ops.where(allowed, attn_mask, -INFINITY)
-    return attend(query, *state, attn_mask, False, scale), state
+    return attend(state, attn_mask, False), state
 
 
 def blockwise_attention(
@@ -146,18 +155,20 @@ def blockwise_attention(
     Raises:
         ValueError: as ``softmax_attention``; ``block_size`` is below 1.
     """
+    check_attention(query, key, value)
     check_state(state, is_causal)
     offset = 0
     if state is not None:
         offset, state = _continued(query, key, value, state)
         key, value = state
-    y, _ = partial_attention(query, key, value, is_causal, scale, block_size, offset)
+    arrays = (wide(x) for x in (query, key, value))
+    y, _ = partial_attention(*arrays, is_causal, scale, block_size, offset)
+    y = narrow(y, query)
     return y if state is None else (y, state)
 
 
 def _continued(query: Any, key: Any, value: Any, state: Any) -> tuple[int, KeyValues]:
     """The number of keys before the first query, and the state with the new keys."""
-    check_attention(query, key, value)
     if query.shape[-2] != key.shape[-2]:
         raise ValueError(
             "with a state each new token has a query and a key, got "
@@ -181,8 +192,7 @@ def _definition(
     block_size: int = BLOCK,
     offset: int = 0,
 ) -> tuple[Any, Any]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = ops.matmul(query * scale, ops.matrix_transpose(key))
+    scores = ops.matmul(query * score_scale(scale, query), ops.matrix_transpose(key))
     if is_causal:
         allowed = _visible(of(query), query.shape[-2], key.shape[-2], offset)
         scores = ops.where(allowed, scores, -INFINITY)
@@ -207,7 +217,8 @@ def partial_attention(
         value: (…, m, e).
         is_causal: query i looks at keys j ≤ i + ``offset`` only.
         scale: the factor of the scores; None for 1/√d.
-        block_size: the short side of a tile, which is 8 times as long.
+        block_size: the short side of a tile on the way back, twice that on the way forward; a tile
+            is 8 times as long.
         offset: the place of the first query less that of the first key; may be negative.
 
     Returns:
@@ -220,12 +231,13 @@ def partial_attention(
     check_attention(query, key, value)
     if block_size < 1:
         raise ValueError(f"a block has at least one row, got block_size={block_size}")
-    xp, tiles = of(query), _Tiles(query, key, value, is_causal, block_size, offset)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    size = 2 * block_size  # there is one tile at a time here, and two on the way back
+    xp, tiles = of(query), _Tiles(query, key, value, is_causal, size, offset)
+    scale = score_scale(scale, query)
     y = xp.zeros((*tiles.lead, tiles.n, value.shape[-1]), query.dtype)
     log_total = xp.full((*tiles.lead, tiles.n), -INFINITY, query.dtype)
-    ones = xp.ones(LONG * block_size, query.dtype)
-    for rows in _cut(0, tiles.n, block_size):
+    ones = xp.ones(LONG * size, query.dtype)
+    for rows in _cut(0, tiles.n, size):
         scaled, out = query[..., rows, :] * scale, y[..., rows, :]
         top = total = None
         for columns in tiles.columns(rows):
@@ -247,6 +259,7 @@ def partial_attention(
                 out *= shrink
                 out += s @ value[..., columns, :]
             top = new
+            del s  # or the next tile would be made while this one is still there
         if top is not None:
             nothing = total == 0
             total = xp.where(nothing, 1.0, total)
@@ -269,7 +282,7 @@ def _rule(
     offset: int,
 ) -> tuple[Any, ...]:
     xp, tiles = of(query), _Tiles(query, key, value, is_causal, block_size, offset)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, query)
     of_q, of_k, of_v = (
         xp.zeros((*tiles.lead, *x.shape[-2:]), x.dtype) if needed else None
         for x, needed in zip((query, key, value), needs, strict=True)

@@ -33,7 +33,7 @@ The n queries are the last n of the m positions, as in a decoder with a cache of
 may look nowhere gets zeros and gradient 0.
 
 Deviations: as in ``patterns``.  The state of ``local_attention`` is its window; the others, which
-look back to the beginning, keep all keys and values.
+look back to the beginning, keep all keys and values.  float16 is summed in float32.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
-from .arguments import check_attention, check_state
+from .arguments import check_attention, check_state, narrow, wide, without_pads
 from .patterns import check_fixed, check_lengths, check_sizes
+from .softmax import extend
 
 __all__ = [
     "SparseState", "atrous_attention", "fixed_attention", "local_attention", "strided_attention",
@@ -104,10 +105,11 @@ def local_attention(
         key: (…, m, d).
         value: (…, m, e).
         window: keys on each side, 0 for the token itself only.
-        is_causal: the keys before and the token itself only.
+        is_causal: the keys before and the token itself only, in the m positions.
         state: None, ``()`` before the first token, or what the last call returned beside its
             output: the last ``window · dilation`` keys and values.  Needs is_causal and n = m.
-        key_mask: booleans broadcastable to (…, m), true for real tokens and false for pads.
+        key_mask: booleans that broadcast to (…, m), true for real tokens and false for pads; with a
+            state, of the new tokens.
         dilation: the distance from a key of the window to the next (Beltagy et al. 2020,
             arXiv:2004.05150, 3.1).
 
@@ -116,7 +118,7 @@ def local_attention(
 
     Raises:
         ValueError: the shapes or sizes do not fit, or there is a state without is_causal.
-        TypeError: ``key_mask`` is not boolean.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     check_sizes(window=window, dilation=dilation)
     past = joined(query, key, value, is_causal, state, key_mask)
@@ -224,11 +226,11 @@ def fixed_attention(
 def joined(
     query: Any, key: Any, value: Any, is_causal: bool, state: Any, key_mask: Any
 ) -> SparseState:
-    """The keys and values of the state and of this call, and which of them are no pads.
+    """``continued`` for queries that are the last n of the m positions.
 
     Raises:
         ValueError: the shapes do not fit, or there is a state without is_causal.
-        TypeError: ``key_mask`` is not boolean.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     check_attention(query, key, value)
     check_state(state, is_causal)
@@ -238,34 +240,37 @@ def joined(
         raise ValueError(
             f"with a state come as many queries as keys, those of the new tokens: got {n} and {m}"
         )
+    return continued(key, value, state, key_mask)
+
+
+def continued(key: Any, value: Any, state: Any, key_mask: Any) -> SparseState:
+    """The keys and values of the state and of this call, 0 at its pads, and which of them are real.
+
+    Raises:
+        ValueError: the shapes of the mask or of the state do not fit.
+        TypeError: ``key_mask`` is not boolean.
+    """
     xp = of(data_of(key))
-    seen = xp.ones(m, "bool") if key_mask is None else booleans("key_mask", key_mask, m)
+    seen = xp.ones(key.shape[-2], "bool")
+    if key_mask is not None:
+        key, value = without_pads(key_mask, key, value)
+        seen = for_each(key_mask, key.shape[-2])
     if state is None:
         return SparseState(key, value, seen)
     seen = xp.broadcast_to(seen, key.shape[:-1])
     if not state:
         return SparseState(key, value, seen)
+    if len(state) != 3:
+        raise ValueError(f"the state is (key, value, seen), got {len(state)} arrays")
     before = SparseState(*state)
-    return SparseState(
-        ops.concatenate([before.key, key], axis=-2),
-        ops.concatenate([before.value, value], axis=-2),
-        xp.concatenate([before.seen, seen], axis=-1),
-    )
+    both = extend((before.key, before.value), key, value)
+    return SparseState(*both, xp.concatenate([before.seen, seen], axis=-1))
 
 
-def booleans(name: str, mask: Any, m: int) -> Any:
-    """The array of a mask of m tokens.
-
-    Raises:
-        TypeError: it is not boolean.
-        ValueError: it has another length.
-    """
+def for_each(mask: Any, m: int) -> Any:
+    """The array of a mask (…, m) or (…, 1) as (…, m)."""
     mask = data_of(mask)
-    if mask.dtype.kind != "b":
-        raise TypeError(f"{name} is boolean, true for tokens that count; got dtype {mask.dtype}")
-    if mask.shape[-1:] != (m,):
-        raise ValueError(f"{name} is (…, {m}), one boolean for each key; got {mask.shape}")
-    return mask
+    return of(mask).broadcast_to(mask, (*mask.shape[:-1], m))
 
 
 def _last(past: SparseState, count: int) -> SparseState:
@@ -278,9 +283,12 @@ def attend(query: Any, parts: Sequence[Part]) -> Any:
 
     The scores of a row are shifted by their maximum, a constant: the result does not depend on it.
     """
+    like, query = query, wide(query)
+    parts = [part._replace(key=wide(part.key), value=wide(part.value)) for part in parts]
     if len(parts) == 1 or not query.shape[-2]:
         key, value, allowed, fold, unfold = parts[0]
-        return unfold(ops.scaled_dot_product_attention(fold(query), key, value, allowed))
+        y = ops.scaled_dot_product_attention(fold(query), key, value, allowed)
+        return narrow(unfold(y), like)
     query = query * query.shape[-1] ** -0.5
     xp = of(data_of(query))
     scores, top = [], float("-inf")
@@ -295,7 +303,7 @@ def attend(query: Any, parts: Sequence[Part]) -> Any:
         e = ops.exp(s - part.fold(top))
         numerator = numerator + part.unfold(ops.matmul(e, part.value))
         total = total + part.unfold(ops.sum(e, axis=-1, keepdims=True))
-    return numerator / ops.where(ops.equal(total, 0.0), 1.0, total)
+    return narrow(numerator / ops.where(ops.equal(total, 0.0), 1.0, total), like)
 
 
 # The parts

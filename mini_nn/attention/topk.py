@@ -14,7 +14,7 @@ All n × m scores are computed and sorted: what is saved is attention spent on n
 
 Deviations: the paper keeps every score that is at least as large as the k-th, so ties can keep
 more than k; here exactly k are kept, of equal ones the first, which every sort that is stable finds
-alike on every backend.
+alike on every backend.  float16 is summed in float32.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .. import ops
 from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
+from .arguments import narrow, wide
 from .patterns import check_sizes
 from .sparse import joined
 
@@ -70,10 +71,11 @@ def topk_attention(
         key: (…, m, d).
         value: (…, m, e).
         k: keys that a query keeps; m or more is softmax attention.
-        is_causal: only keys j ≤ i; rows with fewer than k of them keep all.
+        is_causal: only keys j ≤ i in the m positions; rows with fewer than k of them keep all.
         state: None, ``()`` before the first token, or what the last call returned beside its
             output: all keys and values so far.  Needs is_causal and n = m.
-        key_mask: booleans broadcastable to (…, m), true for real tokens and false for pads.
+        key_mask: booleans that broadcast to (…, m), true for real tokens and false for pads; with a
+            state, of the new tokens.
 
     Returns:
         (…, n, e), or this and the next state; a query that may look nowhere gets zeros and
@@ -81,17 +83,18 @@ def topk_attention(
 
     Raises:
         ValueError: the shapes or sizes do not fit, or there is a state without is_causal.
-        TypeError: ``key_mask`` is not boolean.
+        TypeError: ``key_mask`` is not boolean, or the state no tuple.
     """
     check_sizes(k=k)
     past = joined(query, key, value, is_causal, state, key_mask)
     n, m = query.shape[-2], past.key.shape[-2]
     xp = of(data_of(query))
-    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.matrix_transpose(past.key))
+    q, keys = wide(query) * query.shape[-1] ** -0.5, wide(past.key)
+    scores = ops.matmul(q, ops.matrix_transpose(keys))
     allowed = past.seen[..., None, :]
     if is_causal:
         allowed = allowed & (xp.arange(m) <= xp.arange(m - n, m)[:, None])
     kept = topk_mask(xp.where(allowed, data_of(scores), float("-inf")), k)
     weights = ops.softmax(ops.where(kept, scores, float("-inf")), axis=-1)
-    y = ops.matmul(weights, past.value)
+    y = narrow(ops.matmul(weights, wide(past.value)), query)
     return y if state is None else (y, past)

@@ -58,9 +58,13 @@ class ReversibleBlock(Module):
         self.g = g
 
     def forward(self, x1: Any, x2: Any) -> tuple[Any, Any]:
-        """Two of one shape to two of that shape."""
-        y1 = x1 + self.f(x2)
-        return y1, x2 + self.g(y1)
+        """Two of one shape to two of that shape.
+
+        Raises:
+            ValueError: F or G does not keep shape and dtype.
+        """
+        y1 = x1 + _alike(self.f(x2), x2)
+        return y1, x2 + _alike(self.g(y1), y1)
 
     def inverse(self, y1: Any, y2: Any) -> tuple[Any, Any]:
         """The inputs, up to rounding, where F and G draw no random numbers."""
@@ -140,11 +144,7 @@ class _Step:
         """Run the branch on a tape that is dropped at once: what counts is where it leads."""
         with watching() as draws:
             change = branch(tensor_of(x, _leaf(x)))
-        if change.shape != x.shape or change.dtype != x.dtype:
-            raise ValueError(
-                f"a reversible branch keeps shape and dtype, but {x.shape} {x.dtype} became "
-                f"{change.shape} {change.dtype}"
-            )
+        _alike(change, x)
         captured = [node for node in reached_since(start, [change]) if node.order < start]
         return cls(branch, half, draws, captured), data_of(change)
 
@@ -203,3 +203,13 @@ class _Reversal:
 
 def _leaf(x: Array) -> Node:
     return Node(None, {}, (), x.shape, x.dtype)
+
+
+def _alike(change: Any, x: Any) -> Any:
+    """What a branch made of x, if it has the shape and dtype of x."""
+    if change.shape != x.shape or change.dtype != x.dtype:
+        raise ValueError(
+            f"a reversible branch keeps shape and dtype, but {x.shape} {x.dtype} became "
+            f"{change.shape} {change.dtype}"
+        )
+    return change

@@ -78,7 +78,16 @@ def codes(text: bytes) -> Array:
 
 
 def batches(text: Array, config: TextConfig, rng: Rng) -> tuple[Array, Array]:
-    """``batch`` windows from random places, and the same ones a byte later: what is to be said."""
+    """``batch`` windows from random places, and the same ones a byte later: what is to be said.
+
+    Raises:
+        ValueError: the text is not longer than one window.
+    """
+    if len(text) <= config.context:
+        raise ValueError(
+            f"a window of {config.context} bytes and the byte after it do not fit into a text of "
+            f"{len(text)}: take a longer text or a smaller context"
+        )
     starts = rng.integers(0, len(text) - config.context, (config.batch, 1))
     places = starts + backend.of(text).arange(config.context)
     return text[places], text[places + 1]
@@ -89,7 +98,15 @@ def windows(train: bytes, text: bytes, context: int) -> Iterator[tuple[Array, Ar
 
     The input is the text one byte earlier, so the first byte is predicted from the last of
     ``train``; nothing is seen across the edge of a window, and the last window may be shorter.
+
+    Raises:
+        ValueError: one of the texts is empty.
     """
+    if not train or not text:
+        raise ValueError(
+            "a text is scored after at least one byte of train, and has at least one itself, got "
+            f"{len(train)} of train and {len(text)} of text"
+        )
     before, after = codes(train[-1:] + text[:-1]), codes(text)
     whole = len(text) // context * context
     inputs, targets = (x[:whole].reshape(-1, context) for x in (before, after))
@@ -100,15 +117,25 @@ def windows(train: bytes, text: bytes, context: int) -> Iterator[tuple[Array, Ar
 
 
 def score(model: GPT, train: bytes, text: bytes) -> Any:
-    """The bits that the model needs for each byte of ``text``: a host array, (len(text),)."""
-    model.eval()
+    """The bits that the model needs for each byte of ``text``: a host array, (len(text),).
+
+    Without dropout; what was in training before is so again afterwards, and what was not is not.
+
+    Raises:
+        ValueError: one of the texts is empty.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     losses = []
-    with mini_nn.no_grad():
-        for inputs, targets in windows(train, text, model.config.n_positions):
-            logits = model(inputs).reshape(-1, BYTES)
-            nats = F.cross_entropy(logits, targets.reshape(-1), reduction="none")
-            losses.append(backend.to_host(nats.data))
-    model.train()
+    try:
+        model.eval()
+        with mini_nn.no_grad():
+            for inputs, targets in windows(train, text, model.config.n_positions):
+                logits = model(inputs).reshape(-1, BYTES)
+                nats = F.cross_entropy(logits, targets.reshape(-1), reduction="none")
+                losses.append(backend.to_host(nats.data))
+    finally:
+        for module, training in modes:
+            module.training = training
     return baselines.bits(1.0) * np.concatenate(losses).astype("float64")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tracemalloc
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_nn import Rng, Tensor, backend, grad, ops
-from mini_nn.attention.arguments import as_recurrence, check_attention, check_state
+from mini_nn import Rng, Tensor, backend, grad
 from mini_nn.attention.chunked import chunked, recurrent
 from mini_nn.check import check_grads
 from tests.support import assert_close, host
@@ -182,26 +182,36 @@ def test_wrong_shapes_are_named(xp):
         chunked(q, k, v, chunk_size=0)
 
 
-def test_what_attention_asks_of_its_arguments(xp):
-    q, k, v = drawn(15, (2, 5, 3), (2, 6, 3), (2, 6, 4))
-    check_attention(q, k, v)
-    for wrong in ((q[..., :2], k, v), (q, k[:, 1:], v), (q[0, 0], k, v)):
-        with pytest.raises(ValueError, match="attention takes query"):
-            check_attention(*wrong)
-    check_state((), True)
-    check_state(None, False)
-    with pytest.raises(ValueError, match="is_causal=True"):
-        check_state((), False)
-    with pytest.raises(ValueError, match="as many queries as keys, got 5 and 6"):
-        as_recurrence(q, k, v, True)
-    with pytest.raises(ValueError, match="is_causal=True"):
-        as_recurrence(q[:, :5], k[:, :5], v[:, :5], False)
+@pytest.mark.parametrize("form", [chunked, recurrent])
+def test_a_decay_that_is_one_number(xp: Any, form: Any) -> None:
+    """As a number, as an array without axes, and as one with an axis it is the same decay."""
+    q, k, v, _, s = problem(15, (2,), 7, 2, 3)
+    want, end = form(q, k, v, xp.full((2, 7), -0.3), s)
+    for decay in (-0.3, np.float32(-0.3), xp.asarray(-0.3), xp.asarray([-0.3])):
+        tolerance = 1e-7 if isinstance(decay, np.float32) else 1e-12
+        y, last = form(q, k, v, decay, s)
+        assert_close(y, want, rtol=tolerance, atol=tolerance)
+        assert_close(last, end, rtol=tolerance, atol=tolerance)
+    check_grads(lambda *xs: form(*xs), q, k, v, xp.asarray(-0.3), s)
 
 
-def test_one_query_is_the_last_token(xp):
-    q, k, v, _, _ = problem(16, (2,), 6, 3, 4)
-    query, rows = as_recurrence(q, k, v, True)
-    whole = rows(recurrent(query, k, v)[0])
-    query, rows = as_recurrence(q[:, -1:], k, v, False)
-    assert_close(rows(recurrent(query, k, v)[0]), whole[:, -1:])
-    check_grads(lambda x: rows(ops.sin(as_recurrence(x, k, v, False)[0])), q[:, -1:], order=1)
+@pytest.mark.parametrize("form", [chunked, recurrent])
+@pytest.mark.parametrize("n", [0, 5])
+def test_the_queries_decide_the_dtype(xp: Any, form: Any, n: int) -> None:
+    """Not a float64 decay, nor the absence of tokens."""
+    q, k, v, _, _ = problem(16, (2,), n, 3, 2, "float32")
+    for decay in (None, np.float64(-0.3), xp.full((n,), -0.3)):
+        assert [x.dtype for x in form(q, k, v, decay)] == ["float32", "float32"]
+
+
+@pytest.mark.parametrize("form", [chunked, recurrent])
+def test_float16_is_summed_in_float32(xp: Any, form: Any) -> None:
+    """3,000 products of 64 are beyond float16; what is read from them is not."""
+    ones = xp.ones((3000, 1), "float16")
+    leaves = [Tensor(x, requires_grad=True) for x in (ones * 1e-3, ones * 8, ones * 8)]
+    y, last = form(*leaves)
+    assert (y.dtype, last.dtype) == ("float16", "float32")
+    assert_close(last, xp.full((1, 1), 192000.0, "float32"))
+    assert_close(y[-1].data.astype("float64"), 192.0, rtol=2e-3)  # 0.001 is not in float16
+    # of q it would be those 192,000
+    assert {g.dtype.name for g in grad(y[-1].sum(), leaves[1:])} == {"float16"}

@@ -39,6 +39,8 @@ def test_counted_product_by_product(n: int, h: int, d: int) -> None:
     assert attention_cost(n, h, d) == projections + core
     assert feed_forward_cost(n, h, d) == feed_forward == 8 * n * h**2 * d**2
     assert linear_core_cost(n, h, 4 * d, d) == linear
+    narrow = product(n, h * d, 2 * h * d) + product(n, 2 * h * d, h * d)
+    assert feed_forward_cost(n, h, d, expansion=2) == narrow
 
 
 @given(heads, widths, st.sampled_from([-1, 0, 1]))

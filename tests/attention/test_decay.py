@@ -312,6 +312,67 @@ def test_pads_change_nothing(xp: Any, form: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_pad_may_hold_anything(xp: Any, form: Any) -> None:
+    q, k, v, g, _ = problem(form, 12, (2,), 6, 3, 2)
+    real = xp.asarray([True, True, False, True, False, True])
+    wanted, end = form(q, k, v, g, state=(), key_mask=real)
+    hidden = [ops.where(real[:, None], x, float("nan")) for x in (k, v)]
+    gates = ops.where(real if g.ndim < q.ndim else real[:, None], g, float("nan"))
+    y, state = form(q, *hidden, gates, state=(), key_mask=real)
+    assert_close(y, wanted, rtol=1e-12)
+    assert_close(state.memory, end.memory, rtol=1e-12)
+    with pytest.raises(TypeError, match="booleans"):
+        form(q, k, v, g, key_mask=real.astype("int64"))
+    with pytest.raises(ValueError, match="key_mask"):
+        form(q, k, v, g, key_mask=real[:5])
+
+
+@pytest.mark.parametrize("form", [*FORMS, recurrent, recurrent_gated])
+def test_a_gate_that_is_one_number(xp: Any, form: Any) -> None:
+    q, k, v, g, _ = problem(gated_linear_attention, 16, (2,), 7, 3, 2)
+    wanted, _ = naive(q, k, v, 0.0 * host(g) - 0.3)
+    for gate in (-0.3, np.float64(-0.3), xp.asarray(-0.3)):
+        found = form(q, k, v, gate)
+        assert_close(found[0] if isinstance(found, tuple) else found, wanted, 1e-10, 1e-11)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_gates_do_not_decide_the_dtype(xp: Any, n: int) -> None:
+    """float64 gates beside float32 queries: outputs and states are float32, the first one too."""
+    for form in FORMS:
+        q, k, v, g, _ = problem(form, 17, (2,), n, 3, 2, "float32")
+        for gate in (g, g.astype("float64"), np.float64(-0.3)):
+            y, state = form(q, k, v, gate, state=())
+            assert (y.dtype, state.memory.dtype) == ("float32", "float32")
+    for gate in (g, g.astype("float64")):
+        assert [x.dtype for x in recurrent_gated(q, k, v, gate)] == ["float32", "float32"]
+    u = xp.asarray([0.1, 0.2])
+    o, state = wkv(v, v, u, u, ())
+    assert {x.dtype.name for x in (o, *state)} == {"float32"}
+    for x in (*mamba_decay(v, np.float64(0.1), np.float64(0.3)), gla_log_gate(v, np.float64(2.0))):
+        assert x.dtype == "float32"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_is_summed_in_float32(xp: Any, form: Any) -> None:
+    ones = xp.ones((1200, 1), "float16")
+    gate = xp.zeros((1200,) if form is scalar_decay_attention else (1200, 1), "float16")
+    y, state = form(ones * 1e-3, ones * 8, ones * 8, gate, state=())
+    assert (y.dtype, state.memory.dtype) == ("float16", "float32")
+    assert_close(y[-1].astype("float64"), 76.8, rtol=2e-3)  # of a sum of 76,800
+
+
+def test_float16_in_the_small_functions(xp: Any) -> None:
+    k, v, u = drawn(19, (6, 2), (6, 2), (2,))
+    small = [x.astype("float16") for x in (k, v, abs(u), u)]
+    o, state = wkv(*small, ())
+    assert {x.dtype.name for x in state} == {"float32"} and o.dtype == "float16"
+    assert_close(o.astype("float64"), naive_wkv(k, v, abs(u), u), rtol=1e-2, atol=1e-2)
+    for x in (*mamba_decay(small[0], 0.5, -1.0), gla_log_gate(small[0])):
+        assert x.dtype == "float16"
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_no_tokens_and_one(xp: Any, form: Any) -> None:
     q, k, v, g, s = problem(form, 13, (2,), 0, 3, 2)
     y, state = form(q, k, v, g, state=(s,))
@@ -330,8 +391,14 @@ def test_refusals(xp: Any, form: Any) -> None:
         form(q, k, v, g[:, 1:])
     with pytest.raises(ValueError, match=r"\(2, 3, 2\) here, got \(2, 2, 2\)"):
         form(q, k, v, g, state=(s[:, 1:],))
+    with pytest.raises(ValueError, match=r"\(2, 3, 2\) here, got \(1, 3, 2\)"):
+        form(q, k, v, g, state=(s[:1],))
     with pytest.raises(ValueError, match="at least one token"):
         form(q, k, v, g, chunk_size=0)
+    for causal, query in ((True, q), (False, q[:, -1:])):
+        shapes = rf"\(2, {query.shape[1]}, 3\), \(1, 5, 3\) and \(1, 5, 2\)"
+        with pytest.raises(ValueError, match=shapes):
+            form(query, k[:1], v[:1], g, causal)
 
 
 # Gates
@@ -447,6 +514,19 @@ def test_wkv_has_no_overflow(xp: Any) -> None:
     assert np.isnan(planted).any()
 
 
+@pytest.mark.parametrize("key", [-3e38, 3e38])
+def test_wkv_of_the_largest_keys_there_are(xp: Any, key: float) -> None:
+    """All alike, whatever they are: with w = 0 a mean, also after a call without tokens."""
+    (v,) = drawn(20, (5, 2), dtype="float32")
+    k, zero = xp.full((5, 2), key, "float32"), xp.zeros(2, "float32")
+    wanted = host(v).cumsum(axis=0) / np.arange(1, 6, dtype="float32")[:, None]
+    assert_close(wkv(k, v, zero, zero), wanted, rtol=1e-5, atol=1e-6)
+    _, state = wkv(k[:0], v[:0], zero, zero, ())
+    o, state = wkv(k, v, zero, zero, state)
+    assert_close(o, wanted, rtol=1e-5, atol=1e-6)
+    assert_close(state.exponent, k[0])
+
+
 def test_wkv_looks_back_only_and_has_its_gradients(xp: Any) -> None:
     k, v, u = drawn(18, (2, 6, 2), (2, 6, 2), (2,))
     w = xp.asarray([0.3, 1.2])
@@ -462,6 +542,8 @@ def test_wkv_looks_back_only_and_has_its_gradients(xp: Any) -> None:
     check_grads(in_two_parts, k, v, w, u, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match=r"decay \(d,\)"):
         wkv(k, v, w[:1], u)
+    with pytest.raises(ValueError, match=r"bonus \(d,\)"):
+        wkv(k, v, w, u[:1])
 
 
 # Goldens

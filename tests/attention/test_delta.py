@@ -118,6 +118,26 @@ def test_splitting(xp: Any, rule: Any, n: int, data: Any, seed: int) -> None:
     assert_close(rule(*args, True), whole)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_arguments(xp: Any, rule: Any) -> None:
+    """It is causal unless told otherwise; rates may be float64; float16 comes out as such."""
+    q, k, v, beta = tokens(Rng(11), 5)
+    assert_close(rule(q, k, v, beta), rule(q, k, v, beta, True))
+    small = [x.astype("float32") for x in (q, k, v)]
+    for rate in (0.5, np.float64(0.5), np.float32(0.5), xp.asarray(0.5), beta):
+        y, state = rule(*small, rate, state=())
+        assert (y.dtype, state.matrix.dtype) == ("float32", "float32")
+        assert_close(y, rule(q, k, v, rate), rtol=1e-4, atol=1e-5)
+    half = rule(*[x.astype("float16") for x in small], beta)
+    assert half.dtype == "float16"
+    assert_close(half.astype("float64"), rule(q, k, v, beta), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match=r"\(2, 1, 4\), \(1, 5, 4\) and \(1, 5, 3\)"):
+        rule(q[:, -1:], k[:1], v[:1], beta, False)
+    if rule is delta_rule:
+        with pytest.raises(ValueError, match="chunk_size=0"):
+            rule(q, k, v, beta, chunk_size=0)
+
+
 def test_gradients_flow_through_the_state(xp: Any) -> None:
     q, k, v, beta = tokens(Rng(0), 7)
     leaf = Tensor(v, requires_grad=True)
@@ -154,7 +174,7 @@ def test_decoding(xp: Any) -> None:
         want = rule(q, k, v, beta, True)[:, -1:]
         assert_close(rule(q[:, -1:], k, v, beta, False), want)
         with pytest.raises(ValueError, match="is_causal=True"):
-            rule(q, k, v, beta)
+            rule(q, k, v, beta, False)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -327,6 +347,14 @@ def test_exact_step_at_zero(xp: Any) -> None:
     check_grads(lambda eta, key: exact_step(eta, key), xp.asarray([0.3, 0.8]), k[1:] + 0.4, order=2)
 
 
+def test_exact_step_bends_at_zero(xp: Any) -> None:
+    """(1 − e^(−η s)) / s = η − η² s / 2 + …: at η = 0 its slope is 1 and its curvature −s."""
+    eta = Tensor(xp.zeros(()), requires_grad=True)
+    (slope,) = grad(exact_step(eta, xp.ones((1, 2))).sum(), eta, create_graph=True)
+    assert_close(slope, 1.0)
+    assert_close(grad(slope, eta)[0], -2.0)
+
+
 def test_counting_modulo_two(xp: Any) -> None:
     """With β = 2 a token reflects, so one number of the state is the parity of the bits so far.
 
@@ -352,7 +380,10 @@ def test_unit_length(xp: Any) -> None:
     assert_close((y * y).sum(axis=-1), [1.0, 0.0, 1.0], rtol=1e-5, atol=1e-300)
     (g,) = grad(y.sum(), leaf)
     assert np.isfinite(host(g)).all()
-    assert unit_length(x.astype("float32")).dtype == "float32"
+    for eps in (1e-6, np.float64(1e-6)):
+        assert unit_length(x.astype("float32"), eps).dtype == "float32"
+    tiny = xp.full((1, 4), 1e-3)  # of which ‖x‖² = 4 · 10⁻⁶ is no larger than ε
+    assert_close(unit_length(tiny), tiny / (4e-6 + 1e-6) ** 0.5)
 
 
 # What it is the descent of

@@ -58,6 +58,19 @@ def test_gradients(xp: Any, decay: int, erase: int, first: bool) -> None:
     check_grads(rule, q, k, v, beta, *rest, order=2 if decay else 1)
 
 
+@pytest.mark.parametrize("wanted", range(7))
+@pytest.mark.parametrize("first", [False, True])
+def test_the_gradient_of_each_input_alone(xp: Any, wanted: int, first: bool) -> None:
+    """The rule leaves out what is not asked for, and nothing else; the rest is constant."""
+    args = arguments(Rng(11), 6)
+    found = []
+    for rule, options in ((chunked_delta, {"chunk_size": 4}), (recurrent_delta, {})):
+        leaf = Tensor(args[wanted], requires_grad=True)
+        y, last = rule(*args[:wanted], leaf, *args[wanted + 1 :], first, **options)
+        found.append(mini_nn.grad((y * y).sum() + last.sum(), leaf)[0])
+    assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
 def test_forgetting_everything(xp: Any) -> None:
     """γ = 0, a logarithm of −inf, cuts the sequence, and nothing becomes nan."""
     q, k, v, beta, log_decay, state, _ = arguments(Rng(4), 9)
@@ -126,6 +139,27 @@ def test_float32(xp: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("rule", [chunked_delta, recurrent_delta])
+@pytest.mark.parametrize("n", [0, 5])
+def test_the_queries_decide_the_dtype(xp: Any, rule: Any, n: int) -> None:
+    """Also without a state to begin with, beside float64 rates; float16 has float32 states."""
+    q, k, v, beta, log_decay, _, _ = arguments(Rng(12), n)
+    for dtype, of_state in (("float32", "float32"), ("float16", "float32")):
+        y, last = rule(*[x.astype(dtype) for x in (q, k, v)], beta, log_decay)
+        assert (y.dtype, last.dtype) == (dtype, of_state)
+        assert y.shape == v.shape
+
+
+def test_float16_is_summed_in_float32(xp: Any) -> None:
+    """Keys at right angles to all before: 4,000 writes of 8 · 8, read by a small query."""
+    n = 4000
+    k = xp.full((n, 1), 8.0, "float16")
+    for rule in (chunked_delta, recurrent_delta):
+        y, last = rule(k * 1e-4, k, k, xp.ones(n, "float16"), None, None, 0.0 * k)
+        assert_close(last, xp.full((1, 1), 64.0 * n, "float32"))
+        assert_close(y[-1].astype("float64"), 8e-4 * 64.0 * n, rtol=2e-3)
+
+
 def test_errors(xp: Any) -> None:
     q, k, v, beta, log_decay, state, p = arguments(Rng(9), 4)
     for rule in (chunked_delta, recurrent_delta):
@@ -139,6 +173,8 @@ def test_errors(xp: Any) -> None:
             rule(q, k, v, beta, log_decay[0])
         with pytest.raises(ValueError, match="the state is"):
             rule(q, k, v, beta, log_decay, state[:, :2])
+        with pytest.raises(ValueError, match=r"the state is .* \(2, 3, 4\) here, got \(1, 3, 4\)"):
+            rule(q, k, v, beta, log_decay, state[:1])
     with pytest.raises(ValueError, match="chunk_size=0"):
         chunked_delta(q, k, v, beta, chunk_size=0)
     with pytest.raises(ValueError, match="c, c"):

@@ -152,5 +152,9 @@ def test_errors(xp: Any) -> None:
     for kind in LAYERS:
         with pytest.raises(ValueError, match="equal heads"):
             kind(6, 4)
+        with pytest.raises(ValueError, match="equal heads"):
+            kind(0, 1)
+        with pytest.raises(ValueError, match=r"takes \(b, t, 8\), got \(1, 2, 6\)"):
+            make(kind)(xp.ones((1, 2, 6)))
         with pytest.raises(ValueError, match=r"\(b, t, 8\)"):
             make(kind)(xp.ones((2, 8)))

@@ -133,7 +133,8 @@ def test_causal_form(xp: Any, seed: int, n: int, d: int, lead: Any, size: float)
     assert_close(y, naive(q, k, v), **tolerance)
     last = efficient_attention(q[..., -1:, :], k, v)
     assert_close(y[..., -1:, :], host(last), **tolerance)
-    assert_close(causal_efficient_attention(q[..., -1:, :], k, v), host(last), **tolerance)
+    alone = causal_efficient_attention(q[..., -1:, :], k, v, is_causal=False)
+    assert_close(alone, host(last), **tolerance)
     single = [x.astype("float32") for x in (q, k, v)]
     got = causal_efficient_attention(*single, is_causal=True)
     assert got.dtype == "float32"
@@ -237,6 +238,50 @@ def test_only_pads(xp: Any, is_causal: bool) -> None:
         assert_close(out, host(more[2]), rtol=1e-12)
 
 
+@given(SEEDS, st.integers(0, 9), st.sampled_from([((2, 3), (2, 1)), ((3,), ()), ((), (3,))]))
+def test_heads_of_keys_that_several_queries_share(xp: Any, seed: int, n: int, leads: Any) -> None:
+    """No head is dropped: row i is efficient attention to the tokens up to i, also in parts."""
+    (q, _, _), (_, k, v) = (draw(seed, n, 3, 2, lead) for lead in leads)
+    y = causal_efficient_attention(q, k, v)
+    assert y.shape == (*np.broadcast_shapes(*leads), n, 2)
+    for i in range(n):
+        last = efficient_attention(q[..., i : i + 1, :], *part((k, v), 0, i + 1))
+        assert_close(y[..., i : i + 1, :], host(last), rtol=1e-9, atol=1e-10)
+    if n:
+        alone = causal_efficient_attention(q[..., -1:, :], k, v, is_causal=False)
+        assert_close(alone, host(y)[..., -1:, :], rtol=1e-10, atol=1e-11)
+    first, state = causal_efficient_attention(*part((q, k, v), 0, n // 2), state=())
+    rest, _ = causal_efficient_attention(*part((q, k, v), n // 2, None), state=state)
+    assert_close(ops.concatenate([first, rest], axis=-2), host(y), rtol=1e-9, atol=1e-10)
+
+
+def test_keys_that_are_very_negative(xp: Any) -> None:
+    """−10⁶ is a key like another and no pad: what is added to all keys cancels."""
+    q, k, v = draw(0, 9, 3, 2)
+    for shift in (-1e6, 1e6):
+        moved = causal_efficient_attention(q, k + shift, v)
+        assert_close(moved, host(causal_efficient_attention(q, k, v)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "form", [efficient_attention, double_attention, causal_efficient_attention]
+)
+def test_float16(form: Any, xp: Any) -> None:
+    """The logarithm of nothing is no number of float16; nan at pads reaches no gradient."""
+    q, k, v = (x.astype("float16") for x in draw(3, 9, 3, 2))
+    real = xp.arange(9) > 2
+    dirty = [xp.where(real[:, None], x, float("nan")) for x in (k, v)]
+    leaves = [Tensor(x, requires_grad=True) for x in (q, *dirty)]
+    y = form(*leaves, key_mask=real)
+    assert y.dtype == "float16"
+    wanted = form(*(x[3:].astype("float64") for x in (q, k, v)))
+    assert_close(host(y)[3:], host(wanted).astype("float16"), rtol=5e-3, atol=2e-3)
+    for g in mini_nn.grad(ops.sum(y), leaves):
+        assert g.dtype == "float16" and np.isfinite(host(g)).all()
+    x, v = xp.zeros((70_000, 1), "float16"), xp.full((70_000, 1), 8.0, "float16")
+    assert_close(form(x, x, v), v)  # more tokens than float16 can count
+
+
 def test_derivatives(xp: Any) -> None:
     qkv = draw(1, 5, 2, 2)
     check_grads(efficient_attention, *qkv, order=2)
@@ -261,11 +306,20 @@ def test_refusals(xp: Any) -> None:
     q, k, v = draw(0, 4, 3, 2)
     for use, seen in (
         (lambda: efficient_attention(q, k[:, :2], v), "query"),
-        (lambda: causal_efficient_attention(q, k, v), "is_causal=True"),
+        (lambda: causal_efficient_attention(q, k, v, is_causal=False), "is_causal=True"),
         (lambda: causal_efficient_attention(q[:2], k, v, is_causal=True), "2 and 4"),
-        (lambda: causal_efficient_attention(q, k, v, state=()), "is_causal=True"),
+        (lambda: causal_efficient_attention(q[:1], k, v), "is_causal=False for the last token"),
+        (lambda: causal_efficient_attention(q[:1], k[:0], v[:0], None, False), "got 1 and 0"),
+        (lambda: causal_efficient_attention(q, k, v, None, False, ()), "is_causal=True"),
+        (lambda: causal_efficient_attention(q, k, v, state=(k[1:].T[:, :2], k[0, :1])), "state"),
+        (lambda: causal_efficient_attention(q, xp.stack([k, k]), xp.stack([v] * 3)), "broadcast"),
         (lambda: causal_efficient_attention(q, k, v, is_causal=True, state=(v, k)), "the state"),
         (lambda: gather_features(k, v, xp.ones(3) > 0), "key_mask"),
     ):
         with pytest.raises(ValueError, match=seen):
             use()
+    for form in (efficient_attention, double_attention, causal_efficient_attention):
+        with pytest.raises(TypeError, match="key_mask has booleans"):
+            form(q, k, v, key_mask=xp.ones(4, "int64"))
+    with pytest.raises(TypeError, match="a state is a tuple"):
+        causal_efficient_attention(q, k, v, state=k)

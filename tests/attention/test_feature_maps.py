@@ -211,7 +211,10 @@ def test_limit_features(xp: Any, seed: int, d: int, power: int) -> None:
 
 @given(SEEDS, st.integers(1, 4), st.data())
 def test_dpfp_features(xp: Any, seed: int, d: int, data: Any) -> None:
-    """rᵢ rᵢ₊ⱼ by loops; at most d of the 2d entries of r are not 0, so most products are."""
+    """rᵢ rᵢ₋ⱼ by loops, the paper's rᵢ rᵢ₊ⱼ in another order.
+
+    At most d of the 2d entries of r are not 0, so most products are.
+    """
     nu = data.draw(st.integers(1, 2 * d - 1))
     x = Rng(seed).normal((3, d), dtype="float64")
     r = np.maximum(np.concatenate([host(x), -host(x)], axis=-1), 0)
@@ -222,6 +225,11 @@ def test_dpfp_features(xp: Any, seed: int, d: int, data: Any) -> None:
     got = dpfp_features(x, nu)
     assert_close(got, wanted, rtol=1e-12)
     assert got.shape == (3, 2 * d * nu)
+    papers = [
+        [row[i] * row[(i + j) % (2 * d)] for j in range(1, nu + 1) for i in range(2 * d)]
+        for row in r
+    ]
+    assert_close(np.sort(host(got)), np.sort(papers), rtol=1e-12)
     assert ((host(got) > 0).sum(axis=-1) <= d * (d - 1)).all()
 
 
@@ -238,6 +246,14 @@ def test_elementwise_and_softmax_features(xp: Any, seed: int, shift: float) -> N
     wanted = linear_attention(q, k, v, exp_features)
     got = linear_attention(q + shift, k, v, (softmax_features, exp_features))
     assert_close(got, host(wanted), rtol=1e-9, atol=1e-10)
+
+
+def test_defaults(xp: Any) -> None:
+    """Order and power 2, ν = 1."""
+    x = Rng(0).normal((2, 3), dtype="float64")
+    assert_close(polynomial_features(x), host(polynomial_features(x, 2)), rtol=0.0)
+    assert_close(limit_features(x), host(limit_features(x, 2)), rtol=0.0)
+    assert_close(dpfp_features(x), host(dpfp_features(x, 1)), rtol=0.0)
 
 
 def test_a_map_or_a_pair() -> None:

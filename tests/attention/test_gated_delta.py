@@ -148,8 +148,44 @@ def test_limits(xp: Any) -> None:
     linear, _ = chunked(q, k, beta[..., None] * v, log_decay)
     assert_close(comba(q, k, v, beta, log_decay, 0.0 * k, True), linear)
     for rule in GATED:
-        last = rule(q[:, -1:], k, v, beta, log_decay)  # as a decoder with a cache asks
+        last = rule(q[:, -1:], k, v, beta, log_decay, False)  # as a decoder with a cache asks
         assert_close(last, rule(q, k, v, beta, log_decay, True)[:, -1:])
+
+
+def test_defaults(xp: Any) -> None:
+    """β = 1, γ = 1, and causal: all of them are the delta rule then."""
+    q, k, v, _, log_decay = gated_tokens(Rng(9), 7)
+    want = delta_rule(q, k, v, 1.0, True)
+    for rule in [*GATED, *COMBA]:
+        assert_close(rule(q, k, v), want)
+        assert_close(rule(q, k, v, log_decay=log_decay), rule(q, k, v, 1.0, log_decay))
+    for rule in (gated_delta_rule, comba):
+        with pytest.raises(ValueError, match="chunk_size=0"):
+            rule(q, k, v, chunk_size=0)
+
+
+@pytest.mark.parametrize("rule", [*GATED, *COMBA])
+def test_dtypes_and_heads(xp: Any, rule: Any) -> None:
+    """Rates in float64 leave float32; float16 is summed wider; other heads are refused."""
+    q, k, v, beta, log_decay = gated_tokens(Rng(10), 7)
+    want = rule(q, k, v, beta, log_decay)
+    for dtype, error in (("float32", 1e-4), ("float16", 2e-2)):
+        y, state = rule(*[x.astype(dtype) for x in (q, k, v)], beta, log_decay, state=())
+        assert (y.dtype, state.matrix.dtype) == (dtype, "float32")
+        assert_close(y.astype("float64"), want, rtol=error, atol=error)
+    with pytest.raises(ValueError, match=r"\(2, 1, 4\), \(1, 7, 4\) and \(1, 7, 3\)"):
+        rule(q[:, -1:], k[:1], v[:1], beta, log_decay, is_causal=False)
+
+
+def test_gates_and_conversion_keep_the_dtype(xp: Any) -> None:
+    q, k, v, _, _ = (x.astype("float32") for x in gated_tokens(Rng(11), 7))
+    rate, decay = np.float64(0.5), np.float64(-0.3)
+    value, scaled = as_comba(v, rate, decay)
+    assert (value.dtype, scaled.dtype) == ("float32", "float32")
+    assert_close(
+        comba(q, k, value, scaled, decay), gated_delta_rule(q, k, v, rate, decay), 1e-4, 1e-5
+    )
+    assert log_gate(q, np.float64(0.1), np.float64(0.2)).dtype == "float32"
 
 
 @pytest.mark.parametrize("rule", [gated_delta_rule, comba])

@@ -158,6 +158,36 @@ def test_pads_and_parts(xp: Any, name: str) -> None:
         assert_close(y, whole[:, start:stop])
 
 
+@pytest.mark.parametrize("name", ["sum", "count"])
+def test_pads_of_a_continued_sequence(xp: Any, name: str) -> None:
+    """The mask is that of the new tokens, and the state knows those before; pads may hold nan."""
+    arrays = operands(6, 9, 9, (2,))
+    real = Rng(7).bernoulli(0.6, (2, 9))
+    whole = generalized_attention(*arrays, cauchy, name, True, real)
+    query = arrays[0]
+    dirty = [xp.where(real[..., None], x, float("nan")) for x in arrays[1:]]
+    leaves = [Tensor(x, requires_grad=True) for x in dirty]
+    state: Any = ()
+    for start, stop in ((0, 4), (4, 4), (4, 5), (5, 9)):
+        some = [x[:, start:stop] for x in (query, *leaves)]
+        y, state = generalized_attention(*some, cauchy, name, True, real[:, start:stop], state)
+        assert_close(y, whole[:, start:stop])
+    for g in grad(y.sum(), leaves):
+        assert np.isfinite(host(g)).all() and not host(g)[~host(real)].any()
+
+
+@pytest.mark.parametrize("name", ["sum", "count"])
+def test_dtypes(xp: Any, name: str) -> None:
+    """float32 stays, also where keys are counted; float16 is summed in float32."""
+    single = [x.astype("float32") for x in operands(0, 4, 4)]
+    y, state = generalized_attention(*single, cauchy, name, True, state=())
+    assert {x.dtype.name for x in (y, *state[:2])} == {"float32"}
+    big, value = xp.full((900, 3), 8.0, "float16"), xp.ones((900, 1), "float16")
+    y = generalized_attention(big, big, value, dot_product_similarity, name)
+    assert y.dtype == "float16"  # 900 · 192 is beyond it
+    assert_close(y, xp.full((900, 1), 1.0 if name == "sum" else 192.0, "float16"))
+
+
 def test_causality(xp: Any) -> None:
     arrays = operands(4, 6, 6)
     changed = [xp.concatenate([x[:4], x[4:] + 3.0]) for x in arrays]
@@ -230,6 +260,33 @@ def test_em_properties(xp: Any) -> None:
     assert float(host(abs(y[:, :6] - alone)).max()) > 1e-3  # so pads would matter
 
 
+def test_em_pads_may_hold_anything(xp: Any) -> None:
+    """nan among the pads reaches no real token, no basis and no gradient."""
+    x, bases = Rng(0).normal((2, 9, 5), dtype="float64"), Rng(1).normal((3, 5), dtype="float64")
+    real = xp.arange(9) < 6
+    leaves = [Tensor(a, requires_grad=True) for a in (xp.where(real[:, None], x, xp.nan), bases)]
+    y, mu = em_attention(*leaves, key_mask=real)
+    wanted, means = em_attention(x[:, :6], bases)
+    assert_close(y[:, :6], wanted)
+    assert_close(mu, means)
+    of_x, of_bases = (host(g) for g in grad(y[:, :6].sum() + mu.sum(), leaves))
+    assert np.isfinite(of_x).all() and np.isfinite(of_bases).all() and not of_x[:, 6:].any()
+
+
+def test_em_eps(xp: Any) -> None:
+    """It is added to the sum of responsibilities and to the length, here large enough to see."""
+    x, bases = Rng(0).normal((5, 3), dtype="float64"), Rng(1).normal((2, 3), dtype="float64")
+    z = np.exp(host(x) @ host(bases).T)
+    z /= z.sum(axis=1, keepdims=True)
+    means = (z / (z.sum(axis=0) + 0.5)).T @ host(x)
+    means /= np.linalg.norm(means, axis=1, keepdims=True) + 0.5
+    _, mu = em_attention(x, bases, 1, eps=0.5)
+    assert_close(mu, means)
+    single = [a.astype("float32") for a in (x, bases)]
+    for y in em_attention(*single, temperature=np.float64(0.5), eps=np.float64(1e-6)):
+        assert y.dtype == "float32"
+
+
 def test_em_finds_clusters(xp: Any) -> None:
     """Pixels around two orthogonal directions, a low temperature: the bases are their means."""
     rng = Rng(0)
@@ -257,6 +314,11 @@ def test_em_layer(xp: Any) -> None:
     mixed, ends = em_attention(pixels, layer.mu.swapaxes(1, 2))
     image = ops.relu(ops.swapaxes(mixed, 1, 2).reshape((2, 4, 3, 5)))
     assert_close(y, ops.relu(layer.conv2(image) + x))
+    other = EMAttention2d(4, bases=3, steps=5, rng=Rng(0)).astype("float64").eval()
+    more, _ = em_attention(pixels, layer.mu.swapaxes(1, 2), steps=5)
+    image = ops.relu(ops.swapaxes(more, 1, 2).reshape((2, 4, 3, 5)))
+    assert_close(other(x), ops.relu(layer.conv2(image) + x))
+    assert float(host(abs(more - mixed)).max()) > 1e-4
     layer.train()
     layer(x)
     moved = 0.75 * before + 0.25 * host(ends).mean(axis=0).T[None]
@@ -304,6 +366,12 @@ def test_asymmetric_limits(xp: Any) -> None:
     one = asymmetric_attention(query, key, value, (1,))
     assert_close(one, xp.broadcast_to(mean, one.shape))
     assert float(host(abs(asymmetric_attention(query, key, value, (1, 3)) - full)).max()) > 1e-3
+    scaled = asymmetric_attention(query, key, value, (4,), scale=0.3)
+    longer = asymmetric_attention(query * (0.3 * 3**0.5), key, value, (4,))
+    assert_close(scaled, longer)
+    single = [x.astype("float32") for x in (query, key, value)]
+    single[0] = single[0][..., :1, :1]  # of one pixel
+    assert asymmetric_attention(*single, (2,), scale=np.float64(0.3)).dtype == "float32"
 
 
 def test_asymmetric_layer(xp: Any) -> None:
@@ -318,6 +386,11 @@ def test_asymmetric_layer(xp: Any) -> None:
     weights = ops.softmax(ops.matmul(q, ops.swapaxes(k, 1, 2)) / 2.0, axis=-1)
     y = ops.swapaxes(ops.matmul(weights, v), 1, 2).reshape((2, 5, 9, 8))
     assert_close(layer(x), F.conv2d(y, layer.W.weight, layer.W.bias))
+    coarse = AsymmetricNonLocal2d(6, 4, 5, sizes=(2,), rng=Rng(0)).astype("float64").eval()
+    coarse.load_state_dict(layer.state_dict())
+    y = asymmetric_attention(query, query, value, (2,))
+    assert_close(coarse(x), F.conv2d(y, layer.W.weight, layer.W.bias))
+    assert float(host(abs(coarse(x) - layer(x))).max()) > 1e-6
 
 
 def test_asymmetric_gradients(xp: Any) -> None:
@@ -357,7 +430,17 @@ def test_non_local_layers(xp: Any, kind: str) -> None:
     assert all(host(g).any() for g in grad((layer(x) ** 2).sum(), leaves))
 
 
+def test_the_weight_of_a_concatenation_starts_small(xp: Any) -> None:
+    """1/√(2 inner): a sum of 2 inner products has a variance that does not depend on inner."""
+    for inner in (128, 2048):
+        weight = host(NonLocal2d(4, inner, "concatenation", rng=Rng(0)).weight)
+        assert abs(float(weight.std()) * (2 * inner) ** 0.5 - 1.0) < 0.15  # 3.4 or more deviations
+
+
 def test_float32(xp: Any) -> None:
+    query, key, _ = (x.astype("float32") for x in operands(0, 3, 3))
+    weight = Rng(0).normal((6,), dtype="float64")
+    assert concatenation_similarity(query, key, weight).dtype == "float32"
     for layer in (NonLocal2d(4), EMAttention2d(4, 3), AsymmetricNonLocal2d(4, 4, 4)):
         x = Tensor(Rng(0).normal((2, 4, 5, 5)), requires_grad=True)
         y = layer(x)
@@ -399,6 +482,22 @@ def test_errors(xp: Any) -> None:
         generalized_attention(query[:2], key, value, cauchy, is_causal=True, state=())
     with pytest.raises(ValueError, match=r"shape \(6,\), got \(3,\)"):
         concatenation_similarity(query, key, query[0])
+    with pytest.raises(ValueError, match="cannot go on with"):
+        state = generalized_attention(*operands(1, 3, 3, (2,)), cauchy, is_causal=True, state=())[1]
+        generalized_attention(query, key, value, cauchy, is_causal=True, state=state)
+    with pytest.raises(ValueError, match="got 2 arrays"):
+        generalized_attention(query, key, value, cauchy, is_causal=True, state=(key, value))
+    for wrong in (xp.ones((5, 1, 3), "bool"), xp.ones(2, "bool")):  # no axis is added, or cut off
+        with pytest.raises(ValueError, match=r"key_mask has to broadcast .* \(3,\)"):
+            generalized_attention(query, key, value, cauchy, key_mask=wrong)
+        with pytest.raises(ValueError, match=r"key_mask has to broadcast .* \(3,\)"):
+            em_attention(query, key, key_mask=wrong)
+    for call in (
+        lambda: generalized_attention(query, key, value, cauchy, key_mask=xp.ones(3, "int64")),
+        lambda: em_attention(query, key, key_mask=xp.ones(3, "int64")),
+    ):
+        with pytest.raises(TypeError, match="key_mask has booleans"):
+            call()
     with pytest.raises(ValueError, match="at least one step"):
         em_attention(query, key, steps=0)
     with pytest.raises(ValueError, match="got 'softmax'"):

@@ -491,8 +491,92 @@ def test_empty_and_single(xp: Any, is_causal: bool) -> None:
         assert_close(form(*one, is_causal=is_causal), host(one[2]), rtol=1e-12)
 
 
+def recurrent_form(*arrays: Any, is_causal: bool, **options: Any) -> Any:
+    assert is_causal
+    return linear_attention_recurrent(*arrays, **options)
+
+
+def cumulative_form(*arrays: Any, is_causal: bool, **options: Any) -> Any:
+    assert is_causal
+    return linear_attention_cumulative(*arrays, **options)
+
+
+every_form = pytest.mark.parametrize(
+    "form",
+    [
+        linear_attention,
+        linear_attention_parallel,
+        recurrent_form,
+        cumulative_form,
+        unnormalized_attention,
+    ],
+)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "leads",
+    [
+        ((2, 3), (2, 1), (2, 1)),
+        ((3,), (), ()),
+        ((), (3,), ()),
+        ((), (), (3,)),
+        ((1, 3), (2, 1), ()),
+    ],
+)
+def test_heads_of_keys_that_several_queries_share(xp: Any, form: Any, leads: Any) -> None:
+    """In any form as with all three repeated; gradients come back in the shapes given."""
+    arrays = [draw(1, 5, 3, 2, lead)[i] for i, lead in enumerate(leads)]
+    common = np.broadcast_shapes(*leads)
+    leaves = [Tensor(x, requires_grad=True) for x in arrays]
+    y = form(*leaves, is_causal=True)
+    repeated = [xp.broadcast_to(x, (*common, *x.shape[-2:])) for x in arrays]
+    assert_close(y, host(form(*repeated, is_causal=True)), rtol=1e-10, atol=1e-11)
+    for g, x in zip(mini_nn.grad(ops.sum(y), leaves), arrays, strict=True):
+        assert g.shape == x.shape
+
+
+@pytest.mark.parametrize("form", [linear_attention, recurrent_form])
+def test_the_state_of_shared_keys(xp: Any, form: Any) -> None:
+    """It has the leading axes of query, key and value together."""
+    q, k, v = draw(1, 5, 3, 2, (2, 3))
+    arrays = (q, k[:, :1], v[:, :1])
+    y, last = form(*arrays, is_causal=True, state=())
+    first, state = form(*part(arrays, 0, 2), is_causal=True, state=())
+    rest, state = form(*part(arrays, 2, None), is_causal=True, state=state)
+    assert state.kv.shape == (2, 3, 3, 2) and state.normalizer.shape == (2, 3, 3)
+    assert_close(ops.concatenate([first, rest], axis=-2), host(y), rtol=1e-10)
+    assert_close(state.kv, host(last.kv), rtol=1e-10)
+
+
+@every_form
+def test_the_dtype_is_that_of_the_arguments(xp: Any, form: Any) -> None:
+    """float16 comes back as such; ε as a float64 of NumPy does not widen float32."""
+    options = {} if form is unnormalized_attention else {"eps": np.float64(1e-6)}
+    for dtype in ("float16", "float32"):
+        leaves = [Tensor(x.astype(dtype), requires_grad=True) for x in draw(0, 5, 3, 2)]
+        y = form(*leaves, is_causal=True, **options)
+        assert y.dtype == dtype
+        assert {g.dtype.name for g in mini_nn.grad(ops.sum(y), leaves)} == {dtype}
+    half = [x.astype("float16") for x in draw(0, 5, 3, 2)]
+    assert unnormalized_attention(*half).dtype == linear_attention(*half).dtype == "float16"
+
+
+@every_form
+def test_keys_and_values_of_pads_may_be_nan(xp: Any, form: Any) -> None:
+    q, k, v = draw(0, 6, 3, 2)
+    real = xp.arange(6) > 1
+    dirty = [xp.where(real[:, None], x, float("nan")) for x in (k, v)]
+    leaves = [Tensor(x, requires_grad=True) for x in dirty]
+    y = form(q, *leaves, key_mask=real, is_causal=True)
+    assert_close(y[2:], host(form(q[2:], k[2:], v[2:], is_causal=True)), rtol=1e-10, atol=1e-11)
+    for g in mini_nn.grad(ops.sum(y), leaves):
+        assert np.isfinite(host(g)).all() and not host(g)[:2].any()
+
+
 def test_refusals(xp: Any) -> None:
     q, k, v = draw(0, 4, 3, 2)
+    s = xp.zeros((3, 2))
     for use, seen in (
         (lambda: linear_attention(q, k[:, :2], v), "query"),
         (lambda: linear_attention(q, k[:3], v), "query"),
@@ -505,11 +589,16 @@ def test_refusals(xp: Any) -> None:
         (lambda: linear_attention_recurrent(q, k, v, state=(v, k)), "the state is S"),
         (lambda: unnormalized_attention(q, k, v, is_causal=True, state=(v,)), "the state is"),
         (lambda: linear_attention_cumulative(q[:1], k, v), "1 and 4"),
+        (lambda: linear_attention(q, k, v, is_causal=True, state=(s, s[:1, 0])), "the state is S"),
+        (lambda: linear_attention_recurrent(q, k, v, state=(s, s[:1, 0])), "the state is S"),
+        (lambda: linear_attention(q, xp.stack([k, k]), xp.stack([v] * 3)), "broadcast, got"),
     ):
         with pytest.raises(ValueError, match=seen):
             use()
     with pytest.raises(TypeError, match="booleans"):
         linear_attention(q, k, v, key_mask=xp.ones(4))
+    with pytest.raises(TypeError, match="a state is a tuple"):
+        linear_attention(q, k, v, is_causal=True, state=s)
 
 
 # The authors' answers

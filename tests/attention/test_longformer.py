@@ -192,6 +192,60 @@ def test_pads_change_nothing(xp: Any) -> None:
     assert_close(got[..., :8, :], want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_pads_may_hold_nan(xp: Any, is_causal: bool, own: bool) -> None:
+    """Neither in windows nor in global rows, with keys and values of their own or without."""
+    arrays = six(0, 12, 12)[: 6 if own else 3]
+    chosen, real = (xp.arange(12) % 4) == 1, Rng(3).bernoulli(0.6, (2, 3, 12))
+
+    def call(*x: Any) -> Any:
+        return longformer_attention(
+            *x[:3], 2, chosen, *(x[3:] or (None,) * 3), is_causal=is_causal, key_mask=real
+        )
+
+    dirty = [xp.where(real[..., None], x, float("nan")) for x in arrays]
+    dirty[::3] = arrays[::3]  # not the queries
+    leaves = [Tensor(x, requires_grad=True) for x in dirty]
+    y = call(*leaves)
+    assert_close(y, call(*arrays), rtol=1e-12)
+    for i, g in enumerate(grad((y * y).sum(), leaves)):
+        assert np.isfinite(host(g)).all()
+        assert i % 3 == 0 or not host(g)[~host(real)].any()
+
+
+@pytest.mark.parametrize("dilation", [1, np.int64(2), (1, 2, 3)])
+def test_masks_and_keys_that_broadcast(xp: Any, dilation: Any) -> None:
+    """Masks (…, 1) are of all tokens; a head of keys serves three of queries, dilated or not."""
+    q, k, v, gq, gk, gv = six(0, 9, 9)
+    chosen = Rng(1).bernoulli(0.3, (2, 1, 9))
+    shared = [x[:, :1] for x in (k, v, gk, gv)]
+    every = [xp.broadcast_to(x, (2, 3, *x.shape[2:])) for x in shared]
+    got, want = (
+        longformer_attention(q, *x[:2], 2, chosen, gq, *x[2:], dilation=dilation)
+        for x in (shared, every)
+    )
+    assert_close(got, want, rtol=1e-12)
+    real = xp.asarray([True, False])[:, None, None]  # of a whole text
+    some = longformer_attention(q, k, v, 2, chosen, key_mask=real, dilation=dilation)
+    full = longformer_attention(q, k, v, 2, chosen, dilation=dilation)
+    assert_close(some[0], full[0], rtol=1e-12)
+    assert not host(some[1]).any()
+    got, want = (
+        longformer_attention(q, k, v, 2, xp.ones(n, "bool"), dilation=dilation) for n in (1, 9)
+    )
+    assert_close(got, want, rtol=1e-12)
+
+
+def test_float16_is_summed_in_float32(xp: Any) -> None:
+    """900 keys alike, in a window, and in global rows and columns: 900 · 100 is beyond float16."""
+    x, v = xp.ones((900, 2), "float16"), xp.full((900, 1), 100.0, "float16")
+    for chosen in (None, xp.arange(900) % 2 == 0):
+        y = longformer_attention(x, x, v, 900, chosen)
+        assert y.dtype == "float16"
+        assert_close(y, v)
+
+
 def test_nothing_to_see(xp: Any) -> None:
     leaves = [Tensor(x, requires_grad=True) for x in six(0, 6, 6)]
     nothing, chosen = xp.zeros(6, "bool"), xp.arange(6) == 2
@@ -287,6 +341,9 @@ def test_the_module(xp: Any) -> None:
     chosen = xp.zeros((2, 7), "bool")
     assert_close(module(x, global_mask=chosen), module(x), rtol=1e-6, atol=1e-7)
     assert "attention_window=2" in repr(module)
+    plain = LongformerSelfAttention(6, 3, 2, rng=Rng(0))  # with the same weights
+    moved = abs(host(module(x)) - host(plain(x))).max(axis=(0, 1))
+    assert moved[2:4].min() > 1e-4 and moved[[0, 1, 4, 5]].max() < 1e-6  # the second head alone
 
 
 def test_refuses(xp: Any) -> None:
@@ -295,9 +352,16 @@ def test_refuses(xp: Any) -> None:
         (ValueError, lambda: longformer_attention(q, k, v, -1), "window ≥ 0"),
         (ValueError, lambda: longformer_attention(q, k, v, 1, dilation=0), "dilation ≥ 1"),
         (ValueError, lambda: longformer_attention(q, k, v, 1, dilation=(1, 2)), "one for each"),
-        (TypeError, lambda: longformer_attention(q, k, v, 1, xp.ones(5)), "global_mask is bool"),
-        (TypeError, lambda: longformer_attention(q, k, v, 1, key_mask=xp.ones(5)), "key_mask is"),
-        (ValueError, lambda: longformer_attention(q, k, v, 1, xp.ones(4, "bool")), "each key"),
+        (TypeError, lambda: longformer_attention(q, k, v, 1, xp.ones(5)), "global_mask has bool"),
+        (TypeError, lambda: longformer_attention(q, k, v, 1, key_mask=xp.ones(5)), "key_mask has"),
+        (ValueError, lambda: longformer_attention(q, k, v, 1, xp.ones(4, "bool")), "to broadcast"),
+        (
+            ValueError,
+            lambda: longformer_attention(
+                q, k, v, 1, key_mask=xp.ones((2, 4, 5), "bool"), dilation=(1, 2, 1)
+            ),
+            "key_mask has to broadcast",
+        ),
         (ValueError, lambda: longformer_attention(q, k[..., :4, :], v[..., :4, :], 1), "last n"),
         (ValueError, lambda: LongformerSelfAttention(6, 4, 2), "do not divide"),
         (ValueError, lambda: LongformerSelfAttention(6, 2, 3), "even and positive"),

@@ -391,6 +391,29 @@ def test_edges(xp: Any) -> None:
     assert np.isfinite(host(y)).all() and np.isfinite(host(grad(y.sum(), large)[0])).all()
 
 
+def test_float16_is_summed_in_float32(xp: Any) -> None:
+    """Of the same numbers; the squares of a vector add up to 80,000 here, the values to 180,000."""
+    x, v, rotations = (a.astype("float16") for a in arguments(8, 3000, 1, 2))
+    x, v = x * 0 + xp.asarray([200.0, 200.0, 0.0], dtype="float16"), v * 0 + 60.0
+    half = lsh_attention(x, v, rotations, 3000, return_logsumexp=True)
+    assert half[0].dtype == half[1].dtype == "float16"
+    assert_close(host(half[0]), host(v), rtol=1e-3)
+    assert_close(host(half[1]), math.sqrt(80_000 / 3) + math.log(2999), rtol=2e-3)
+
+
+def test_numbers_of_numpy_and_lists(xp: Any) -> None:
+    """A scale of NumPy's does not widen; factors of a hash may be a list."""
+    x, v, first = (a.astype("float32") for a in arguments(8, 11, 2, 4))
+    y = lsh_attention(x, v, first, 3, scale=np.float64(0.5))
+    assert y.dtype == "float32"
+    assert_close(y, lsh_attention(x, v, first, 3, scale=0.5), rtol=0, atol=0)
+    np.testing.assert_array_equal(
+        host(lsh_hash(x, [first, first])), host(lsh_hash(x, (first, first)))
+    )
+    shapes = [r.shape for r in LSHAttention([4, 2], 3, rng=Rng(0)).rotations((), 3, "float32")]
+    assert shapes == [(1, 3, 2), (1, 3, 1)]
+
+
 def test_wrong_arguments(xp: Any) -> None:
     x, v, rotations = arguments(11, 6, 2, 4)
     with pytest.raises(ValueError, match=r"value \(…, n, e\)"):
@@ -405,12 +428,25 @@ def test_wrong_arguments(xp: Any) -> None:
         lsh_attention(x, v, rotations, 0)
     with pytest.raises(ValueError, match="is_causal=True"):
         lsh_attention(x, v, rotations, 3, strict=True)
-    wrongs: Any = [(3, 2, 1), (0, 2, 1), (4, 0, 1), (4, 2, 0), ((4, 3), 2, 1)]
+    with pytest.raises(ValueError, match=r"value \(…, n, e\)"):
+        lsh_attention(x[0], v[0], rotations, 3)
+    for mask, error, words in (
+        (xp.ones(6, dtype="int64"), TypeError, "booleans"),
+        (xp.ones(6), TypeError, "booleans"),
+        (xp.ones(5, dtype="bool"), ValueError, "key_mask"),
+    ):
+        with pytest.raises(error, match=words):
+            lsh_attention(x, v, rotations, 3, key_mask=mask)
+    wrongs: Any = [(3, 2, 1), (0, 2, 1), (4, 0, 1), (4, 2, 0), ((4, 3), 2, 1), ((), 2, 1)]
     for wrong in wrongs:
         with pytest.raises(ValueError, match="even number of buckets"):
             LSHAttention(*wrong)
     with pytest.raises(ValueError, match="as many queries as keys"):
         LSHAttention(4, 2)(x[:2], x, v)
+    with pytest.raises(ValueError, match=r"query \(…, n, d\)"):
+        LSHAttention(4, 2)(x[:, :2], x, v)
+    with pytest.raises(ValueError, match="same leading axes"):
+        LSHAttention(4, 2)(xp.stack([x, x]), x[None], v[None])
 
 
 def test_no_matrix_of_n_by_n(xp: Any, backend_name: str) -> None:
@@ -452,6 +488,28 @@ def test_the_module_draws_in_training_only(xp: Any) -> None:
     factors = LSHAttention((2, 6), 3, rng=Rng(3)).rotations((), 4, "float64")
     assert [r.shape for r in factors] == [(1, 4, 1), (1, 4, 3)]
     assert_close(layer(x, x, v), lsh_attention(x, v, rotations, 3))
+
+
+def test_the_last_query_knows_the_pads(xp: Any) -> None:
+    """One query is the last row of the causal call, with the same mask of the keys."""
+    rng = Rng(4)
+    x, v = (rng.normal((2, 3, 12, 4), dtype="float64") for _ in "xv")
+    layer = LSHAttention(4, 3, 2, rng=Rng(1)).eval()
+    real = xp.asarray(np.arange(12) % 5 != 2)
+    want = host(layer(x, x, v, is_causal=True, key_mask=real))[..., -1:, :]
+    assert_close(layer(x[..., -1:, :], x, v, key_mask=real), want)
+    assert np.abs(host(layer(x[..., -1:, :], x, v)) - want).max() > 1e-3
+
+
+def test_a_mask_for_logits_is_refused(xp: Any) -> None:
+    """It stands where the other layers have it, and a GPT's pads come as one."""
+    x = xp.ones((1, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"attn_mask of shape \(3, 3\).*key_mask"):
+        LSHAttention(4, 3)(x, x, x, xp.ones((3, 3), dtype="bool"))
+    config = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    model = GPT(config, Rng(0), [Block(config, Rng(0), LSHAttention(4, 3, rng=Rng(0)))])
+    with pytest.raises(ValueError, match="key_mask"):
+        model([[1, 2, 3]], attention_mask=xp.asarray([[0, 1, 1]]))
 
 
 def test_in_a_gpt(xp: Any) -> None:

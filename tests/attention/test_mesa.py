@@ -166,13 +166,92 @@ def test_gradients(xp: Any) -> None:
         assert_close(iterated, exact, rtol=1e-7, atol=1e-9)
 
 
+def test_gradients_of_the_iteration_need_its_steps_too(xp: Any) -> None:
+    """Four dimensions need four steps, there and back: with two the gradient is another one."""
+    q, k, v, _, _ = gated_tokens(Rng(6), 9)
+    rules = (partial(mesa_conjugate_gradient, steps=4), mesa)
+    found = []
+    for rule in rules:
+        leaf = Tensor(q, requires_grad=True)
+        found.append(grad(ops.square(rule(leaf, k, v)).sum(), leaf)[0])
+    assert_close(*found, rtol=1e-7, atol=1e-9)
+    rough = Tensor(q, requires_grad=True)
+    (g,) = grad(ops.square(mesa_conjugate_gradient(rough, k, v, steps=2)).sum(), rough)
+    assert abs(host(g) - host(found[1])).max() > 1e-4
+
+
+def test_the_iteration_has_steps_enough_by_default(xp: Any) -> None:
+    """For 40 unit keys in 16 dimensions."""
+    k = unit_length(Rng(7).normal((40, 16), dtype="float64"), 0.0)
+    assert_close(mesa_conjugate_gradient(k, k, k), mesa(k, k, k), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=NAMES)
+def test_gradients_flow_through_the_state(xp: Any, rule: Any) -> None:
+    """Through G for values and through H for keys: those of one pass."""
+    q, k, v, _, _ = gated_tokens(Rng(8), 7)
+    leaves = [Tensor(x, requires_grad=True) for x in (k, v)]
+    whole = grad(rule(q, *leaves, 0.5)[:, 4:].sum(), leaves)
+    _, state = rule(q[:, :4], *[x[:, :4] for x in leaves], 0.5, state=())
+    y, _ = rule(q[:, 4:], *[x[:, 4:] for x in leaves], 0.5, state=state)
+    for got, want in zip(grad(y.sum(), leaves), whole, strict=True):
+        assert float(abs(host(want)[:, :4]).max()) > 1e-3
+        assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_the_iteration_is_differentiable_once_and_says_so(xp: Any) -> None:
+    """Its gradient takes the solution for a constant, so a second one would be silently wrong."""
+    q, k, v, _, _ = gated_tokens(Rng(9), 4)
+    leaf = Tensor(q, requires_grad=True)
+    y = mesa_conjugate_gradient(leaf, k, v)
+    with pytest.raises(RuntimeError, match="take mesa"):
+        grad(y.sum(), leaf, create_graph=True)
+    small = gated_tokens(Rng(9), 3, 2, 2, ())
+    check_grads(lambda q, k, v: mesa(q, k, v), *small[:3], order=2)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=NAMES)
+def test_numbers_for_gates_and_ridge(xp: Any, rule: Any) -> None:
+    """Of any kind, and none decides the dtype; what is not positive is no ridge."""
+    q, k, v, beta, _ = gated_tokens(Rng(10), 6)
+    want = rule(q, k, v, xp.full((4,), 0.5), beta, xp.full((2, 6), -0.1))
+    small = [x.astype("float32") for x in (q, k, v)]
+    for kind in (float, np.float32, np.float64, xp.asarray):
+        args = (kind(0.5), beta, kind(-0.1))
+        assert_close(rule(q, k, v, *args), want, rtol=1e-6, atol=1e-6)
+        y, state = rule(*small, *args, state=())
+        assert {x.dtype.name for x in (y, *state)} == {"float32"}
+    half = rule(*[x.astype("float16") for x in small], 0.5, beta, -0.1)
+    assert half.dtype == "float16"
+    assert_close(half.astype("float64"), want, rtol=2e-2, atol=2e-2)
+    for ridge in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="positive"):
+            rule(q, k, v, ridge)
+    with pytest.raises(ValueError, match="ridge has to broadcast"):
+        rule(q, k, v, xp.ones(3))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=NAMES)
+def test_refusals(xp: Any, rule: Any) -> None:
+    q, k, v, _, _ = gated_tokens(Rng(11), 6)
+    with pytest.raises(ValueError, match=r"\(2, 1, 4\), \(1, 6, 4\) and \(1, 6, 3\)"):
+        rule(q[:, -1:], k[:1], v[:1], is_causal=False)
+    _, state = rule(q[:1], k[:1], v[:1], state=())
+    with pytest.raises(ValueError, match=r"\(2, 4, 4\) and \(…, d, e\) = \(2, 4, 3\) here, got"):
+        rule(q, k, v, state=state)
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"steps={steps}"):
+            mesa_conjugate_gradient(q, k, v, steps=steps)
+
+
 def test_edges(xp: Any) -> None:
     """Zero keys read nothing; one token; float32; decoding from a cache; what is refused."""
     q, k, v, beta, log_decay = gated_tokens(Rng(5), 7)
     for rule in RULES:
         assert_close(rule(q, 0.0 * k, v, is_causal=True), 0.0)
         want = rule(q, k, v, 0.5, beta, log_decay, True)
-        assert_close(rule(q[:, -1:], k, v, 0.5, beta, log_decay), want[:, -1:], atol=1e-9)
+        last = rule(q[:, -1:], k, v, 0.5, beta, log_decay, False)
+        assert_close(last, want[:, -1:], atol=1e-9)
         small = [x.astype("float32") for x in (q, k, v)]
         leaves = [Tensor(x, requires_grad=True) for x in small]
         y = rule(*leaves, 0.5, is_causal=True)
@@ -180,6 +259,6 @@ def test_edges(xp: Any) -> None:
         assert all(g.dtype == "float32" for g in grad(y.sum(), leaves))
         assert_close(y, rule(q, k, v, 0.5, is_causal=True), rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="is_causal=True"):
-            rule(q, k, v)
+            rule(q, k, v, is_causal=False)
         with pytest.raises(ValueError, match="state"):
-            rule(q, k, v, state=())
+            rule(q, k, v, is_causal=False, state=())

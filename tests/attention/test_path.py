@@ -206,8 +206,90 @@ def test_edges(xp: Any) -> None:
         small = [x.astype("float32") for x in (q, k, v, w, beta)]
         assert rule(*small, is_causal=True).dtype == "float32"
         with pytest.raises(ValueError, match="is_causal=True"):
-            rule(q, k, v, w)
-    last = path_attention(q[:, -1:], k, v, w, beta)
+            rule(q, k, v, w, is_causal=False)
+    last = path_attention(q[:, -1:], k, v, w, beta, is_causal=False)
     assert_close(last, path_attention(q, k, v, w, beta, is_causal=True)[:, -1:])
     with pytest.raises(ValueError, match="pass direction"):
         deltaformer(q[:, -1:], k, v)
+
+
+def test_scale(xp: Any) -> None:
+    """Of both softmaxes of DeltaFormer, where it is a factor of queries that are directions too."""
+    q, k, v, w, beta, forget = tokens(Rng(7), 6)
+    ratio = 0.7 / 0.5  # 1/√4 is the default
+    assert_close(deltaformer(q, k, v, scale=0.7), deltaformer(q * ratio, k, v))
+    assert_close(
+        path_attention(q, k, v, w, beta, forget, 0.7),
+        path_attention(q * ratio, k, v, w, beta, forget),
+    )
+
+
+def test_numbers_of_any_kind(xp: Any) -> None:
+    """For β, log f and the scale; none decides the dtype, and float16 is summed in float32."""
+    q, k, v, w, _, _ = tokens(Rng(8), 6)
+    full = path_attention(q, k, v, w, xp.full((2, 6), 0.5), xp.full((2, 6), -0.1), 0.3)
+    want = {path_attention: full, deltaformer: deltaformer(q, k, v, w, xp.full((2, 6), 0.5), 0.3)}
+    small = [x.astype("float32") for x in (q, k, v, w)]
+    for kind in (float, np.float32, np.float64, xp.asarray):
+        for rule, args in (
+            (path_attention, (kind(0.5), kind(-0.1), kind(0.3))),
+            (deltaformer, (kind(0.5), kind(0.3))),
+        ):
+            assert_close(rule(q, k, v, w, *args), want[rule], rtol=1e-6, atol=1e-6)
+            for dtype in ("float32", "float16"):
+                y, state = rule(*[x.astype(dtype) for x in small], *args, state=())
+                assert y.dtype == dtype
+                assert {x.dtype.name for x in state} == {"float32"}
+                assert_close(y.astype("float64"), want[rule], rtol=2e-2, atol=2e-2)
+    assert path_logits(*small[:2], small[3], np.float64(0.5)).dtype == "float32"
+
+
+def test_gradients_flow_through_the_state(xp: Any) -> None:
+    """To the keys and values of earlier calls: those of one pass."""
+    q, k, v, w, beta, forget = tokens(Rng(9), 7)
+
+    def path(part: slice, k: Any, v: Any, state: Any) -> Any:
+        args = (q[:, part], k[:, part], v[:, part], w[:, part], beta[:, part], forget[:, part])
+        return path_attention(*args, state=state)
+
+    def former(part: slice, k: Any, v: Any, state: Any) -> Any:
+        return deltaformer(
+            q[:, part], k[:, part], v[:, part], w[:, part], beta[:, part], state=state
+        )
+
+    for run in (path, former):
+        leaves = [Tensor(x, requires_grad=True) for x in (k, v)]
+        whole = grad(run(slice(0, 7), *leaves, None)[:, 4:].sum(), leaves)
+        _, state = run(slice(0, 4), *leaves, ())
+        y, _ = run(slice(4, 7), *leaves, state)
+        for got, want in zip(grad(y.sum(), leaves), whole, strict=True):
+            assert float(abs(host(want)[:, :4]).max()) > 1e-3
+            assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+def test_a_sequence_forgets_throughout_or_never(xp: Any) -> None:
+    """Log f in one part only would be dropped, or is missing: refused; 0 forgets nothing."""
+    q, k, v, w, beta, forget = tokens(Rng(10), 6)
+    first = [x[:, :4] for x in (q, k, v, w, beta)]
+    rest = [x[:, 4:] for x in (q, k, v, w, beta)]
+    _, with_gate = path_attention(*first, forget[:, :4], state=())
+    _, without = path_attention(*first, state=())
+    for gate, state in ((None, with_gate), (forget[:, 4:], without)):
+        with pytest.raises(ValueError, match=r"\(0\.0 forgets nothing\)"):
+            path_attention(*rest, gate, state=state)
+    _, state = path_attention(*first, 0.0, state=())
+    y, _ = path_attention(*rest, forget[:, 4:], state=state)
+    late = xp.concatenate([0.0 * forget[:, :4], forget[:, 4:]], axis=1)
+    assert_close(y, path_attention(q, k, v, w, beta, late)[:, 4:])
+
+
+def test_refusals(xp: Any) -> None:
+    q, k, v, w, beta, _ = tokens(Rng(11), 6)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) and \(2, 6, 4\)"):
+        path_logits(q[:, :3], k, w)
+    for wrong in (w[:, :5], w[..., :3], w[0, 0], xp.concatenate([w, w], axis=0)):
+        with pytest.raises(ValueError, match="direction is"):
+            path_logits(q, k, wrong)
+        for rule in (path_attention, deltaformer):
+            with pytest.raises(ValueError, match="direction is"):
+                rule(q, k, v, wrong, beta)

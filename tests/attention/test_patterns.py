@@ -228,11 +228,23 @@ def test_patterns_refuse(xp: Any) -> None:
         (lambda: fixed_mask(3, 2, 3), "summary ≤ block"),
         (lambda: fixed_mask(3, 2, 0), "1 ≤ summary"),
         (lambda: sliding_window_mask(3, 1, 0), "dilation is at least 1"),
+        (lambda: sliding_window_mask(3, 1, 1, xp.ones(1, "bool")), r"global_mask is \(…, 3\)"),
+        (lambda: sliding_window_mask(3, 1, 1, xp.ones(4, "bool")), r"got \(4,\)"),
+        (lambda: big_bird_mask(-1, 1, 1, 1, rng=Rng(0)), "at least 0"),
+        (lambda: big_bird_mask(3, -1, 1, 1, rng=Rng(0)), "at least 0"),
         (lambda: big_bird_mask(3, 1, -1, 1), "at least 0"),
+        (lambda: big_bird_mask(3, 1, 1, -1, rng=Rng(0)), "at least 0"),
         (lambda: causal_mask(3, 2), "last n of m"),
         (lambda: reachable([]), "at least one"),
         (lambda: reachable([causal_mask(2), causal_mask(3)]), "one n"),
         (lambda: reachable([causal_mask(2, 3)]), "one n"),
     ):
         with pytest.raises(ValueError, match=message):
+            use()
+    for use, message in (
+        (lambda: sliding_window_mask(3, 1, 1, xp.asarray([1, 0, 0])), "global_mask has booleans"),
+        (lambda: reachable([causal_mask(2), xp.ones((2, 2), "int64")]), "each mask has booleans"),
+        (lambda: reachable([xp.ones((2, 2))]), "each mask has booleans"),
+    ):
+        with pytest.raises(TypeError, match=message):
             use()

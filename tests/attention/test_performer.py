@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,7 @@ def test_a_sequence_may_be_cut_anywhere(xp: Any, name: str, cuts: list[int]) -> 
     attend = LINEAR[name]
     whole = attend(query, key, value, w, is_causal=True)
     parts, state, places = [], (), [0, *sorted(cuts), 131]
-    for start, stop in pairwise(places):
+    for start, stop in itertools.pairwise(places):
         piece = [x[:, start:stop] for x in (query, key, value)]
         part, state = attend(*piece, w, is_causal=True, state=state)
         parts.append(host(part))
@@ -276,6 +276,22 @@ def test_gradients_flow_through_a_state(xp: Any) -> None:
     out = favor_attention(*leaves, arrays[3], is_causal=True)
     for one, other in zip(cut, grad((out * out).sum(), leaves), strict=True):
         assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_one_head_of_keys_serves_several_of_queries(xp: Any, name: str) -> None:
+    query, key, value, w = problem(xp)
+    one, same = (key[:1], value[:1]), [xp.concatenate([x[:1]] * 2) for x in (key, value)]
+    real = xp.asarray(np.arange(9) != 2)
+    for options in ({}, {"is_causal": True}, {"is_causal": True, "key_mask": real}):
+        found, want = (LINEAR[name](query, *kv, w, **options) for kv in (one, same))
+        assert_close(found, want, rtol=1e-12)
+    first, state = (x[:, :4] for x in (query, *one)), ()
+    head, state = LINEAR[name](*first, w, is_causal=True, state=state)
+    rest = (x[:, 4:] for x in (query, *one))
+    tail, _ = LINEAR[name](*rest, w, is_causal=True, state=state)
+    want = LINEAR[name](query, *same, w, is_causal=True)
+    assert_close(np.concatenate([host(head), host(tail)], axis=1), want, rtol=1e-11)
 
 
 def test_the_running_maximum_is_that_of_a_loop(xp: Any) -> None:
@@ -420,12 +436,13 @@ def test_pads_change_nothing(xp: Any, name: str, is_causal: bool) -> None:
     query, key, value, w = (host(x) for x in problem(xp))
     real = np.array([[0, 1, 0, 1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 0, 1, 1, 1, 0]], bool)
     found = []
-    for noise in (0.0, 30.0):
+    for noise in (0.0, 30.0, math.nan):
         k, v = (x + np.where(real, 0.0, noise)[..., None] for x in (key, value))
         arrays = [xp.asarray(x) for x in (query, k, v, w)]
         mask = xp.asarray(real)
         found.append(host(LINEAR[name](*arrays, is_causal=is_causal, key_mask=mask)))
     assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+    assert_close(found[0], found[2], rtol=1e-12, atol=1e-14)
     if is_causal:
         assert not found[0][0, 0].any()  # a row without a key
     for b, row in enumerate(real):  # and what is left is attention to the real tokens alone
@@ -443,6 +460,73 @@ def test_pads_at_the_start_come_before_the_first_state(xp: Any) -> None:
     assert not host(favor_attention(query, key, value, w, key_mask=none)).any()
     found, _ = favor_attention(query, key, value, w, is_causal=True, state=state)
     assert_close(found, favor_attention(query, key, value, w, is_causal=True), rtol=1e-12)
+
+
+@pytest.mark.parametrize("attend", [*LINEAR.values(), oprf_attention, released_favor_attention])
+def test_without_a_key_there_is_nothing(xp: Any, attend: Any) -> None:
+    query, key, value, w = problem(xp)
+    assert not host(attend(query, key, value, w, key_mask=xp.zeros((2, 9), "bool"))).any()
+    if attend is not released_favor_attention:
+        assert not host(attend(query, key[:, :0], value[:, :0], w)).any()
+
+
+def test_pads_change_nothing_in_the_released_form(xp: Any) -> None:
+    """Nor is the maximum of keys one of a pad, not even where it is far below 0."""
+    query, key, value, w = (host(x) for x in problem(xp))
+    real = np.arange(9) != 4
+    for keys, rows in ((key, w), (-np.abs(key), np.ones((1, 5))), (key - 999.0, np.ones((1, 5)))):
+        short = [xp.asarray(x) for x in (query, keys[:, real], value[:, real], rows)]
+        want = released_favor_attention(*short)
+        for pad in (-50.0, 50.0, math.nan):
+            k, v = (np.where(real[:, None], x, pad) for x in (keys, value))
+            arrays = [xp.asarray(x) for x in (query, k, v, rows)]
+            found = released_favor_attention(*arrays, key_mask=xp.asarray(real))
+            assert_close(found, want, rtol=1e-11)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", LINEAR)
+def test_nan_stays_nan(xp: Any, name: str, is_causal: bool) -> None:
+    """Every row that sees a nan is one: a row of zeros would say that there is no key."""
+    for place, scale in itertools.product((1, 2), (1.0, 60.0)):
+        arrays = problem(xp, scale=scale)
+        arrays[place][:, 3] = math.nan
+        found = host(LINEAR[name](*arrays, is_causal=is_causal))
+        assert np.isnan(found[:, 3 if is_causal else 0 :]).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", LINEAR)
+def test_float16_is_summed_in_float32(xp: Any, name: str, is_causal: bool) -> None:
+    """The result is that of the same numbers in float32; the values here add up to 108,000."""
+    arrays = [x.astype("float16") for x in problem(xp, n=2000)[:3]]
+    arrays[2] = arrays[2] * 0 + xp.asarray(np.array([54.0, 0.125, -1.0]), dtype="float16")
+    arrays[2][:, ::3] *= 0.5
+    w = problem(xp)[3]
+    found = LINEAR[name](*arrays, w, is_causal=is_causal)
+    want = LINEAR[name](*[x.astype("float32") for x in arrays], w, is_causal=is_causal)
+    assert found.dtype == "float16" and want.dtype == "float32"
+    assert_close(host(found), host(want).astype("float16"), rtol=2e-3, atol=1e-4)
+    if is_causal:
+        half = [x[:, :5] for x in arrays]
+        _, state = LINEAR[name](*half, w, is_causal=True, state=())
+        assert state.memory.dtype == state.maximum.dtype == "float32"
+
+
+def test_the_released_form_in_float16(xp: Any) -> None:
+    arrays = [x.astype("float16") for x in problem(xp)[:3]]
+    w = problem(xp)[3]
+    found = released_favor_attention(*arrays, w)
+    want = released_favor_attention(*[x.astype("float32") for x in arrays], w)
+    assert found.dtype == "float16"
+    assert_close(found, host(want).astype("float16"), rtol=2e-3, atol=1e-4)
+
+
+def test_numbers_of_numpy_do_not_widen(xp: Any) -> None:
+    arrays, number = [x.astype("float32") for x in problem(xp)], np.float64(0.5)
+    assert oprf_attention(*arrays, mean_square=number).dtype == "float32"
+    assert generalized_kernel_attention(*arrays, eps=number).dtype == "float32"
+    assert released_favor_attention(*arrays, eps=number).dtype == "float32"
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -485,6 +569,17 @@ def test_where_a_normaliser_underflows(xp: Any) -> None:
     for g in grad(out[1].sum(), leaves):
         assert not host(g).any()
     assert_close(favor_attention(*leaves, w), [[2.0], [2.0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 8.3e-25), ("float64", 4.6e-277)])
+def test_the_smallest_normaliser_that_is_divided_by(xp: Any, dtype: str, least: float) -> None:
+    """The features of the query are (1, e^−h), those of the key (e^−h, 1): the sum is 2 e^−h."""
+    value = xp.asarray(np.array([[3.0, -1.0]]), dtype=dtype)
+    for factor in (2.0, 0.5):
+        h = -math.log(factor * least / 2.0)
+        query, key = (xp.asarray(np.array([x]), dtype=dtype) for x in ((0.0, -h), (-h, 0.0)))
+        found = exponential_attention(query, key, value, is_causal=True)
+        assert_close(found, value if factor > 1.0 else 0.0 * value, rtol=1e-5)
 
 
 def test_small_cases(xp: Any) -> None:
@@ -621,7 +716,7 @@ def test_evaluation_repeats_itself_and_training_draws_by_calls(xp: Any) -> None:
         assert_close(attend(*arrays), first, rtol=0, atol=0)
     attend.train()
     outputs = [host(attend(*arrays)) for _ in range(7)]
-    changed = [bool((a != b).any()) for a, b in pairwise(outputs)]
+    changed = [bool((a != b).any()) for a, b in itertools.pairwise(outputs)]
     assert changed == [False, False, True, False, False, True]
     assert_close(outputs[0], first, rtol=0, atol=0)
     last = attend.eval()(*arrays)
@@ -666,6 +761,30 @@ def test_laws_and_kinds_of_features(xp: Any) -> None:
     found = [host(layer(attention=kind)(*arrays, is_causal=True)) for kind in kinds]
     for i, kind in enumerate(kinds):
         assert_close(found[i], kind(*arrays, layer().projection, is_causal=True), rtol=1e-12)
+
+
+def test_it_is_drawn_anew_by_the_same_law(xp: Any) -> None:
+    drawn = []
+
+    def law(m: int, d: int, rng: Rng, dtype: Any = "float32") -> Any:
+        drawn.append(rng.normal((m, d), dtype=dtype))
+        return drawn[-1]
+
+    attend = layer(law=law)
+    attend.redraw()
+    assert len(drawn) == 2 and attend.projection is drawn[1]
+    assert attend.projection.dtype == "float64"
+
+
+def test_the_released_form_in_the_layer(xp: Any) -> None:
+    """It takes what the layer hands on, but for a state and causality, which it refuses."""
+    query, key, value, _ = problem(xp)
+    attend, real = layer(attention=released_favor_attention), xp.asarray(np.arange(9) < 6)
+    want = released_favor_attention(query, key[:, :6], value[:, :6], attend.projection)
+    assert_close(attend(query, key, value, key_mask=real), want, rtol=1e-12)
+    for options in ({"is_causal": True}, {"is_causal": True, "state": ()}):
+        with pytest.raises(ValueError, match="use favor_attention"):
+            attend(query, key, value, **options)
 
 
 @pytest.mark.parametrize("interval", [1, 2])
@@ -729,6 +848,24 @@ def test_exponential_layer_trains_its_projection(xp: Any) -> None:
         attend(*arrays, attn_mask=xp.ones((9, 9), "bool"))
 
 
+def test_exponential_layer_hands_on_its_arguments(xp: Any) -> None:
+    arrays, attend = problem(xp)[:3], ExponentialAttention(5, rng=Rng(0)).astype("float64")
+    real = xp.asarray(np.arange(9) < 6)
+    found = attend(*arrays, key_mask=real)
+    assert_close(found, attend(arrays[0], arrays[1][:, :6], arrays[2][:, :6]), rtol=1e-12)
+    whole = attend(*arrays, is_causal=True)
+    first, state = attend(*[x[:, :4] for x in arrays], is_causal=True, state=())
+    rest, _ = attend(*[x[:, 4:] for x in arrays], is_causal=True, state=state)
+    assert_close(np.concatenate([host(first), host(rest)], axis=1), whole, rtol=1e-11)
+
+
+def test_exponential_layer_starts_at_the_scale_of_favor(xp: Any) -> None:
+    """A deviation of d^(−1/4) is W ~ N(0, I) on x d^(−1/4); 64,000 numbers know it to 0.3 %."""
+    weight = host(ExponentialAttention(64, 1000, rng=Rng(0)).weight)
+    assert weight.std() / 64**-0.25 == pytest.approx(1.0, abs=0.015)
+    assert abs(weight.mean()) < 5 * 64**-0.25 / 64_000**0.5
+
+
 # What is refused
 
 
@@ -748,6 +885,21 @@ def test_errors(xp: Any) -> None:
         favor_attention(query, key, value, w, key_mask=xp.ones((4,), "bool"))
     with pytest.raises(ValueError, match="query"):
         favor_attention(query, key[..., :4], value, w)
+    with pytest.raises(ValueError, match=r"got \(3, 7, 5\)"):
+        favor_attention(query, key, value, xp.zeros((3, 7, 5)))
+    with pytest.raises(TypeError, match="booleans"):
+        favor_attention(query, key, value, w, key_mask=xp.ones((9,), "int64"))
+    with pytest.raises(ValueError, match=r"\(2, 9, 5\), \(3, 9, 5\) and \(1, 9, 3\)"):
+        favor_attention(query, xp.ones((3, 9, 5)), value[:1], w, is_causal=True)
+    _, state = favor_attention(query, key, value, w, is_causal=True, state=())
+    with pytest.raises(ValueError, match=r"leading axes \(2,\), not \(1,\)"):
+        favor_attention(query[:1], key[:1], value[:1], w, is_causal=True, state=state)
+    with pytest.raises(ValueError, match="at least 0"):
+        oprf_attention(query, key, value, w, mean_square=-1.0)
+    with pytest.raises(ValueError, match="got 'cosine'"):
+        layer(attention=partial(favor_attention, feature="cosine"))
+    with pytest.raises(TypeError, match="got 'positive'"):
+        layer(attention="positive")
     for options in ({"num_features": 0}, {"redraw_interval": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             PerformerAttention(5, **options)

@@ -206,6 +206,8 @@ def test_the_fourier_recipe_needs_lambda_of_one_half(xp: Any) -> None:
     assert np.abs(seen - [[1.6, 1.0], [1.0, 1.6]]).max() < 6.0 * 1.6 * math.sqrt(2.0 / 40_000)
     with pytest.raises(ValueError, match="m=0, d=2"):
         fourier_matrices(0, 2, Rng(0))
+    with pytest.raises(ValueError, match="got λ=inf"):
+        fourier_matrices(4, 2, Rng(0), math.inf)
 
 
 # The error
@@ -238,6 +240,23 @@ def test_the_error_of_orthogonal_rows_is_a_hypergeometric_function(
     )  # fmt: skip
     scale = float(host(mse_positive(q, k, d * blocks))[0])
     assert_close(host(mse_orthogonal(q, k, d * blocks))[0], wanted, rtol=1e-9, atol=1e-11 * scale)
+
+
+@given(seed=seeds, d=st.integers(2, 6))
+def test_only_rows_of_one_block_help_each_other(seed: int, d: int) -> None:
+    """m² MSE is m variances and a covariance for each pair in a block, the last partial one too."""
+    q, k = pair(seed, d)
+
+    def total(m: int) -> float:
+        return m * m * float(host(mse_orthogonal(q, k, m))[0])
+
+    variance = float(host(mse_positive(q, k, 1))[0])
+    covariance = (total(d) - d * variance) / (d * (d - 1))
+    assert covariance < 0.0
+    for m in range(1, 3 * d):
+        block = np.arange(m) // d
+        pairs = int((block[:, None] == block).sum()) - m
+        assert_close(total(m), m * variance + pairs * covariance, rtol=1e-8)
 
 
 def test_the_error_of_orthogonal_rows_in_two_dimensions(xp: Any) -> None:
@@ -422,6 +441,14 @@ def test_how_much_oprf_gains(xp: Any) -> None:
     assert float(host(mse_oprf(q, k, 1, 2.64))[0]) == pytest.approx(5.00, abs=0.01)
 
 
+def test_a_mean_square_below_0_is_refused(xp: Any) -> None:
+    """A complex ρ would be the alternative; a number of NumPy's is a number like any other."""
+    x, w = xp.ones((2, 3), dtype="float32"), xp.ones((4, 3), dtype="float32")
+    with pytest.raises(ValueError, match=r"at least 0.*got -1\.0"):
+        oprf_features(x, w, -1)
+    assert oprf_features(x, w, np.float64(1.5)).dtype == "float32"
+
+
 def test_s_may_be_an_array_per_head(xp: Any) -> None:
     x, w = Rng(0).normal((2, 5, 4), dtype="float64"), gaussian_matrix(6, 4, Rng(1), "float64")
     s = xp.asarray([0.5, 2.0]).reshape(2, 1, 1)
@@ -453,6 +480,23 @@ def test_relu_features_have_the_arc_cosine_kernel(xp: Any) -> None:
         assert_close(host(arc_cosine_kernel(q, k))[0], mean, rtol=1e-10, atol=1e-15)
     assert_close(arc_cosine_kernel(q, 0.0 * q), np.zeros(1), atol=0.0)
     assert_close(arc_cosine_kernel(q, q), host((q * q).sum(axis=-1)) / 2, rtol=1e-7)
+
+
+def test_the_arc_cosine_kernel_has_a_slope_for_parallel_vectors(xp: Any) -> None:
+    """The gradient in q is k (π − t) / 2π + q ‖k‖/‖q‖ sin t / 2π: k/2 at t = 0, and 0 at t = π."""
+    rng = Rng(3)
+    q = Tensor(rng.normal((500, 3), dtype="float32"), requires_grad=True)
+    for c in (1.0, 3.0, -2.0):
+        k = c * q.data
+        y = arc_cosine_kernel(q, k)
+        assert_close(y, max(c, 0.0) / 2 * (host(q) ** 2).sum(axis=-1), rtol=1e-5, atol=1e-6)
+        (slope,) = grad(y.sum(), [q])
+        assert_close(slope, host(k) / 2 if c > 0 else 0.0, rtol=2e-3, atol=2e-3)
+    zero = Tensor(xp.zeros((1, 3)), requires_grad=True)
+    (slope,) = grad(arc_cosine_kernel(zero, xp.ones((1, 3))).sum(), [zero])
+    assert not host(slope).any()
+    k = 0.7 * rng.normal((4, 3), dtype="float64")
+    check_grads(arc_cosine_kernel, rng.normal((4, 3), dtype="float64"), k)
 
 
 @pytest.mark.parametrize("law", [gaussian_matrix, orthogonal_matrix, jittered_matrix])
@@ -497,6 +541,7 @@ def test_relu_without_epsilon_can_leave_nothing(xp: Any) -> None:
     x, w = xp.ones((1, 3)), -xp.ones((4, 3))
     assert host(generalized_features(x, w, eps=0.0)).max() == 0.0
     assert host(generalized_features(x, w)).min() == 1e-3
+    assert generalized_features(x.astype("float32"), w, eps=np.float64(0.1)).dtype == "float32"
 
 
 # Sampling

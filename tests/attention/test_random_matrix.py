@@ -115,6 +115,15 @@ def test_a_seed_gives_the_same_numbers_on_every_backend(xp: Any, law: Law) -> No
 
 
 @pytest.mark.parametrize("law", LAWS, ids=name)
+def test_all_laws_are_called_alike(xp: Any, law: Law) -> None:
+    """The fourth argument of each is the dtype; lengths go by their name."""
+    assert law(12, 8, Rng(5), "float64").dtype == xp.float64
+    if law in (orthogonal_matrix, givens_matrix, hadamard_matrix):
+        w = host(law(12, 8, Rng(5), "float64", norms=constant_norms))
+        assert_close((w * w).sum(axis=1), np.full(12, 8.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=name)
 def test_what_is_no_projection_is_refused(law: Law) -> None:
     for m, d in ((0, 8), (8, 0), (-1, 8)):
         with pytest.raises(ValueError, match=f"m={m}, d={d}"):
@@ -315,7 +324,7 @@ def test_even_features_do_not_see_the_signs(xp: Any) -> None:
 
 
 def test_one_dimension_has_two_directions() -> None:
-    w = host(orthogonal_matrix(400, 1, Rng(0), constant_norms, dtype="float64"))
+    w = host(orthogonal_matrix(400, 1, Rng(0), dtype="float64", norms=constant_norms))
     assert set(w.ravel().tolist()) == {-1.0, 1.0}
     assert abs(w.sum()) < 5.0 * math.sqrt(400)
     raw, _ = lapack(400, 1)
@@ -382,7 +391,7 @@ def all_hadamards(d: int) -> Any:
         for three in itertools.product(choices, repeat=3):
             answers = iter(three)
             rng = Chosen(integers=lambda low, high, size, answers=answers: next(answers))
-            found.append(hadamard_matrix(d, d, rng, constant_norms, dtype="float64"))
+            found.append(hadamard_matrix(d, d, rng, dtype="float64", norms=constant_norms))
     return np.array(found) / math.sqrt(d)
 
 
@@ -420,7 +429,7 @@ def all_starts(d: int, seed: int) -> Any:
                     permutation=lambda n, order=order: np.array(order),
                     integers=lambda low, high, size, bits=bits: np.array(bits),
                 )
-                found.append(givens_matrix(d, d, rng, constant_norms, dtype="float64"))
+                found.append(givens_matrix(d, d, rng, dtype="float64", norms=constant_norms))
     return np.array(found) / math.sqrt(d)
 
 
@@ -437,7 +446,7 @@ def test_givens_products_that_start_from_the_identity_are_caught() -> None:
     rng = Chosen(
         permutation=np.arange, integers=lambda low, high, size: np.ones(size, dtype="int64")
     )
-    q = host(givens_matrix(count * d, d, rng, constant_norms, dtype="float64"))
+    q = host(givens_matrix(count * d, d, rng, dtype="float64", norms=constant_norms))
     q = q.reshape(count, d, d) / math.sqrt(d)
     steps = d * math.ceil(math.log(d))
     wanted = 1.0 + (d - 1) * (1.0 - 1.0 / (d - 1)) ** steps

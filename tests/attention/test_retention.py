@@ -231,6 +231,52 @@ def test_pads_change_nothing(xp: Any) -> None:
     assert_close(state.memory, end.memory, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", [retention, recurrent_retention])
+def test_a_pad_may_hold_anything(xp: Any, form: Any) -> None:
+    """Keys and values that are nan where the mask says so: 0 times nan would be nan."""
+    q, k, v, _ = problem(9, 6)
+    real = xp.asarray([True, True, False, True, False, True])
+    hidden = [ops.where(real[:, None], x, float("nan")) for x in (k, v)]
+    y, state = form(q, *hidden, key_mask=real, state=())
+    wanted, end = form(q, k, v, key_mask=real, state=())
+    assert_close(y, wanted, rtol=1e-12)
+    assert_close(state.memory, end.memory, rtol=1e-12)
+    with pytest.raises(TypeError, match="booleans"):
+        form(q, k, v, key_mask=real.astype("int64"))
+    with pytest.raises(ValueError, match="key_mask"):
+        form(q, k, v, key_mask=real[:5])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dtypes(xp: Any, form: Any) -> None:
+    """Decays in float64 leave float32 what it is; float16 is summed in float32."""
+    small = [x.astype("float32") for x in problem(10, 5)[:3]]
+    wanted = form(*small, [0.9, 0.8])
+    for decay in (xp.asarray([0.9, 0.8]), [np.float64(0.9), np.float64(0.8)]):
+        y = form(*small, decay)
+        assert y.dtype == "float32"
+        assert_close(y, wanted, rtol=1e-6, atol=1e-6)
+    if form is not parallel_retention:
+        assert form(*small, xp.asarray([0.9, 0.8]), state=())[1].memory.dtype == "float32"
+    assert form(*small, np.float64(0.9)).dtype == "float32"
+    close_to_one = xp.asarray([1.0 - 2.0**-30])  # which is 1 in float32, and not its logarithm
+    assert float(host(form(*[xp.ones((2, 1), "float32")] * 3, close_to_one))[1, 0]) == 2.0
+    ones = xp.ones((1200, 1), "float16")
+    y = form(ones * 1e-3, ones * 8, ones * 8, 1.0)
+    assert y.dtype == "float16"
+    assert_close(y[-1].astype("float64"), 76.8, rtol=2e-3)  # of a sum of 76,800
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_that_are_not_there_are_asked_for(xp: Any, form: Any) -> None:
+    """One head of keys for several of queries is refused, with the shapes that came in."""
+    q, k, v, _ = problem(10, 5)
+    for causal, query in ((True, q), (False, q[..., -1:, :])):
+        shapes = rf"\(2, 2, {query.shape[-2]}, 3\), \(2, 1, 5, 3\) and \(2, 1, 5, 2\)"
+        with pytest.raises(ValueError, match=shapes):
+            form(query, k[:, :1], v[:, :1], 0.9, causal)
+
+
 def test_refusals_and_edges(xp: Any) -> None:
     q, k, v, _ = problem(10, 5)
     for decay in (0.0, 1.5, -0.1, [], [0.9, 2.0]):
@@ -364,6 +410,38 @@ def test_causality_pads_and_gradients_of_the_layer(xp: Any) -> None:
             MultiScaleRetention(*sizes)
 
 
+def test_pads_of_the_layer_have_no_position(xp: Any) -> None:
+    """Before, between and after the tokens, also in a text that goes on: as without them."""
+    layer = MultiScaleRetention(8, 8, 2, rng=Rng(3)).astype("float64")
+    (x,) = drawn(15, (2, 10, 8))
+    real = np.array([[0, 0, 1, 1, 1, 1, 1, 0, 1, 1], [1, 1, 0, 1, 0, 1, 1, 1, 1, 0]], bool)
+    for row in range(2):
+        at = xp.asarray(np.flatnonzero(real[row]))
+        wanted, end = layer(x[row][at], ())
+        mask = xp.asarray(real[row])
+        y, state = layer(x[row], (), mask)
+        assert_close(y[at], wanted, rtol=1e-8, atol=1e-10)
+        assert_close(state.memory, end.memory, rtol=1e-8, atol=1e-10)
+        first, state = layer(x[row][:6], (), mask[:6])
+        rest, state = layer(x[row][6:], state, mask[6:])
+        assert_close(ops.concatenate([first, rest], axis=0)[at], wanted, rtol=1e-8, atol=1e-10)
+        assert_close(state.memory, end.memory, rtol=1e-8, atol=1e-10)
+        assert_close(layer(x, key_mask=xp.asarray(real))[row][at], wanted, rtol=1e-8, atol=1e-10)
+    for wrong in (mask[:5], mask[None, None]):
+        with pytest.raises(ValueError, match="key_mask"):
+            layer(x, key_mask=wrong)
+
+
+def test_the_layer_starts_with_xaviers_law(xp: Any) -> None:
+    """Deviations gain · √(2 / (64 + 64)): 4,096 numbers, so within 2 % but for 1 in 10¹²."""
+    layer = MultiScaleRetention(64, 64, 2, rng=Rng(4))
+    gains = {"q_proj": 2**-2.5, "k_proj": 2**-2.5, "v_proj": 2**-2.5, "g_proj": 2**-2.5}
+    for name, gain in {**gains, "out_proj": 0.5}.items():
+        weight = host(getattr(layer, name).weight)
+        assert_close(float(weight.std()), gain / 8, rtol=0.05)
+        assert abs(weight).max() <= gain / 8 * math.sqrt(3) + 1e-7
+
+
 # TransNormer
 
 
@@ -408,6 +486,18 @@ def test_norm_attention_where_a_denominator_is_zero(xp: Any) -> None:
                     square, k, v, dtypes=("float64",))  # fmt: skip
     with pytest.raises(ValueError, match="is_causal=True"):
         norm_attention(q, k, v, state=())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_norm_attention_in_half_precision(xp: Any, causal: bool) -> None:
+    """The sum that is normalised, 8³ · 3,000 · 2, is beyond float16; the result is 1."""
+    ones = xp.full((3000, 2), 8.0, "float16")
+    y = norm_attention(ones, ones, ones, is_causal=causal)
+    assert y.dtype == "float16"
+    assert_close(y[-1], xp.ones(2, "float16"))
+    single = [x.astype("float32") for x in (ones[:4], ones[:4], ones[:4])]
+    y = norm_attention(*single, xp.ones(2), np.float64(1e-6), causal)
+    assert y.dtype == "float32"
 
 
 # Goldens

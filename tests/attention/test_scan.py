@@ -240,6 +240,21 @@ def test_a_layer_starts_on_its_ring(xp: Any) -> None:
     assert all(np.isfinite(host(p)).all() for p in whole.parameters())
 
 
+def test_a_layer_starts_with_dense_maps_of_variance_one(xp: Any) -> None:
+    """B from N(0, 1/2d) and C from N(0, 1/N): 8,192 numbers, 6 standard errors of a deviation."""
+    layer = LRU(64, 128, rng=Rng(2))
+    near = 6 / math.sqrt(2 * 8192)
+    for weight, std in (
+        (layer.B_re, 128**-0.5),
+        (layer.B_im, 128**-0.5),
+        (layer.C_re, 128**-0.5),
+        (layer.C_im, 128**-0.5),
+    ):
+        assert_close(float(host(weight).std()), std, rtol=near)
+    assert_close(float(host(LRU(8, 1024, rng=Rng(2)).C_re).std()), 1 / 32, rtol=near)
+    assert_close(float(host(LRU(8, 1024, rng=Rng(2)).B_re).std()), 1 / 4, rtol=near)
+
+
 @given(st.integers(1, 12), st.integers(0, 12))
 def test_the_layer(xp: Any, n: int, t: int) -> None:
     """Re(C x) + D u with x of B u; a sequence in two parts is one; nothing looks ahead."""
@@ -283,3 +298,30 @@ def test_float32_and_refusals(xp: Any) -> None:
     u = xp.zeros((5, 3))
     with pytest.raises(ValueError, match=r"nu \(d,\)"):
         lru(Complex(u, u), xp.zeros(2), xp.zeros(3))
+    with pytest.raises(ValueError, match=r"theta \(d,\)"):
+        lru(Complex(u, u), xp.zeros(3), xp.zeros(1))
+
+
+def test_no_tokens_leave_the_state(xp: Any) -> None:
+    """Of a batch, whether it is the first one or that of an earlier call."""
+    (u, x) = drawn(1, (2, 0, 3), (2, 3))
+    ones = xp.ones(3)
+    _, first = lru(Complex(u, u), ones, ones, state=())
+    assert_close(first.real, xp.zeros((2, 3)))
+    assert_close(first.imag, xp.zeros((2, 3)))
+    _, again = lru(Complex(u, u), ones, ones, state=Complex(x, 2.0 * x))
+    assert_close(again.real, x)
+    assert_close(again.imag, 2.0 * x)
+
+
+def test_the_input_decides_the_dtype(xp: Any) -> None:
+    """Not ν and θ in float64; float16 is summed in float32, where 8,000 steps of 8 have room."""
+    (u,) = drawn(2, (5, 3), dtype="float32")
+    x, state = lru(Complex(u, u), xp.ones(3), xp.ones(3), state=())
+    assert {part.dtype.name for part in (*x, *state)} == {"float32"}
+    ones = xp.full((8000, 1), 8.0, "float16")
+    zero, gamma = xp.zeros(1, "float16"), xp.ones(1, "float16")
+    x, state = lru(Complex(ones, 0.0 * ones), zero, zero, gamma, ())
+    assert {part.dtype.name for part in x} == {"float16"}
+    assert_close(x.real[-1].astype("float64"), 64000.0, rtol=1e-3)
+    assert_close(state.real, xp.full((1,), 64000.0, "float32"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mini_nn import Rng, Tensor, grad, ops
 from mini_nn.attention.delta import delta_rule
-from mini_nn.attention.short_conv import ShortConvolution, short_conv
+from mini_nn.attention.short_conv import ConvolutionState, ShortConvolution, short_conv
 from mini_nn.check import check_grads
 from mini_nn.nn import functional as F
 from tests.support import assert_close, host
@@ -63,6 +63,20 @@ def test_causality(xp: Any) -> None:
     assert abs(host(leaks[0]) - host(leaks[1])).max() > 0.1
 
 
+def test_the_layer_starts_uniform_and_adds_its_bias(xp: Any) -> None:
+    """U(−½, ½) for four tokens: 40,000 draws come as close to the ends as 10⁻³; the bias is 0."""
+    weight = host(ShortConvolution(10_000, 4, rng=Rng(6)).weight)
+    assert 0.499 < weight.max() <= 0.5 and -0.5 <= weight.min() < -0.499
+    assert abs(weight.std() - 12**-0.5) < 0.01
+    assert ShortConvolution(3, 2, rng=Rng(6)).bias is None
+    layer = ShortConvolution(3, 2, True, rng=Rng(6))
+    assert (host(layer.bias) == 0).all() and layer.bias.shape == (3,)
+    x = Rng(7).normal((2, 5, 3))
+    plain = layer(x)
+    layer.bias.data[...] = xp.asarray([1.0, 2.0, 3.0])
+    assert_close(layer(x), plain + layer.bias)
+
+
 def test_gradients(xp: Any) -> None:
     x, weight = Rng(4).normal((2, 5, 2), dtype="float64"), Rng(5).normal((2, 3), dtype="float64")
     check_grads(short_conv, x, weight, weight[:, 0] + 0.0, order=2)
@@ -83,5 +97,12 @@ def test_a_layer_completes_what_it_has_seen(xp: Any) -> None:
 def test_errors(xp: Any) -> None:
     with pytest.raises(ValueError, match=r"\(…, t, d\) and a weight"):
         short_conv(xp.ones((2, 3)), xp.ones((2, 4)))
+    x, weight = xp.ones((1, 6, 4)), xp.ones((4, 3))
+    for rows in (5, 1):
+        with pytest.raises(ValueError, match=rf"\(1, 2, 4\) here, got \(1, {rows}, 4\)"):
+            short_conv(x, weight, None, ConvolutionState(xp.zeros((1, rows, 4))))
+    for size in (1, 5):
+        with pytest.raises(ValueError, match=rf"\(4,\) here, got \({size},\)"):
+            short_conv(x, weight, xp.ones(size))
     with pytest.raises(ValueError, match="width=0"):
         ShortConvolution(3, 0)

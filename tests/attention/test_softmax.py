@@ -343,6 +343,50 @@ def test_masks_of_a_continued_sequence(xp: Any) -> None:
             assert_close(y, whole[:, start:stop])
 
 
+@pytest.mark.parametrize("attend", [softmax_attention, blockwise_attention])
+def test_the_scale_of_a_continued_sequence(xp: Any, attend: Any) -> None:
+    """Of the first tokens, of a single one and of several: the factor is that of one pass."""
+    arrays = operands(9, 6, 6)
+    whole = attend(*arrays, is_causal=True, scale=0.3)
+    state: Any = ()
+    for start, stop in ((0, 2), (2, 3), (3, 6)):
+        some = [x[:, start:stop] for x in arrays]
+        y, state = attend(*some, is_causal=True, scale=0.3, state=state)
+        assert_close(y, whole[:, start:stop])
+    assert float(host(abs(attend(*arrays, is_causal=True) - whole)).max()) > 1e-2
+
+
+def test_a_learned_mask_of_a_continued_sequence(xp: Any) -> None:
+    """Numbers added to the scores of old and new keys get their gradient; hidden ones get 0."""
+    query, key, value = operands(10, 6, 6, ())
+    bias = Rng(11).normal((2, 6), dtype="float64")
+
+    def continued(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        state = KeyValues(k[:4], v[:4])
+        return softmax_attention(q[4:], k[4:], v[4:], bias, True, state=state)[0]
+
+    check_grads(continued, query, key, value, bias)
+    leaf = Tensor(bias, requires_grad=True)
+    y = continued(query, key, value, leaf)
+    (g,) = grad((y * wave(y)).sum(), leaf)
+    assert host(g)[:, :5].all() and host(g)[1, 5] != 0.0 and host(g)[0, 5] == 0.0
+
+
+@pytest.mark.parametrize("attend", [softmax_attention, blockwise_attention])
+def test_dtypes(xp: Any, attend: Any) -> None:
+    """float16 is summed in float32; a scale of NumPy's float64 does not widen float32."""
+    many, value = xp.ones((1, 1, 3), "float16"), xp.full((1, 9000, 1), 8.0, "float16")
+    y = attend(many, xp.ones((1, 9000, 3), "float16"), value)  # 72,000 is no number of float16
+    assert y.dtype == "float16"
+    assert_close(y, xp.full((1, 1, 1), 8.0, "float16"))
+    leaves = [Tensor(x, requires_grad=True) for x in operands(12, 4, 4, (), "float32")]
+    y, state = attend(*leaves, is_causal=True, scale=np.float64(0.3), state=())
+    assert y.dtype == "float32"
+    assert {x.dtype.name for x in (*state, *grad(y.sum(), leaves))} == {"float32"}
+    assert_close(y, attend(*leaves, is_causal=True, scale=0.3))
+    assert attend(leaves[0][:1], *leaves[1:], scale=np.float64(0.3)).dtype == "float32"
+
+
 # Parts
 
 
@@ -408,6 +452,15 @@ def test_errors(xp: Any) -> None:
             attend(query[:, :2], key, value, is_causal=True, state=())
         with pytest.raises(ValueError, match="cannot go on with"):
             attend(query, key, value, is_causal=True, state=KeyValues(key[:1], value[:1]))
+        for narrower in ((key[..., :2], value), (key, value[..., :1])):
+            with pytest.raises(ValueError, match="cannot go on with"):
+                attend(query, key, value, is_causal=True, state=KeyValues(*narrower))
+        with pytest.raises(TypeError, match="a state is a tuple"):
+            attend(query, key, value, is_causal=True, state=key)
+        with pytest.raises(
+            ValueError, match=r"leading axes broadcast, got \(2, 3, 3\), \(3, 3, 3\)"
+        ):
+            attend(query, xp.ones((3, 3, 3)), xp.ones((3, 3, 2)))
     with pytest.raises(ValueError, match="block_size=0"):
         blockwise_attention(query, key, value, block_size=0)
     with pytest.raises(ValueError, match="at least one part, got 0 and 0"):

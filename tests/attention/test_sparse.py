@@ -91,6 +91,49 @@ def test_pads(xp: Any, case: Any, n: int, is_causal: bool, seed: int) -> None:
     assert_close(again, got, atol=0.0, rtol=1e-14)
 
 
+@each
+@pytest.mark.parametrize("shape", [(9,), (1,), (1, 1), (2, 1), (1, 9)])
+def test_masks_that_broadcast(xp: Any, attention: Any, mask: Any, sizes: Any, shape: Any) -> None:
+    """A mask (…, 1) is of all keys: written out it hides the same, and in a state as well."""
+    q, k, v = arrays(0, 9, 9)
+    real = Rng(4).bernoulli(0.5, shape)
+    written = xp.broadcast_to(real, (2, 9))
+    got, want = (attention(q, k, v, *sizes, key_mask=x) for x in (real, written))
+    assert_close(got, want, rtol=0.0)
+    causal: Any = {"is_causal": True, "state": ()}
+    (got, state), (want, other) = (
+        attention(q, k, v, *sizes, key_mask=x, **causal) for x in (real, written)
+    )
+    assert_close(got, want, rtol=0.0)
+    assert np.array_equal(host(state.seen), host(other.seen))
+
+
+@each
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_pads_may_hold_nan(xp: Any, attention: Any, mask: Any, sizes: Any, is_causal: bool) -> None:
+    """It reaches neither the result nor a gradient."""
+    q, k, v = arrays(0, 40, 40)
+    real = Rng(4).bernoulli(0.5, (2, 40))
+    want = attention(q, k, v, *sizes, is_causal=is_causal, key_mask=real)
+    dirty = [xp.where(real[..., None], x, float("nan")) for x in (k, v)]
+    leaves = [Tensor(x, requires_grad=True) for x in (q, *dirty)]
+    y = attention(*leaves, *sizes, is_causal=is_causal, key_mask=real)
+    assert_close(y, want, rtol=1e-13)
+    grads = [host(g) for g in grad(y.sum(), leaves)]
+    assert all(np.isfinite(g).all() for g in grads)
+    assert not any(g[~host(real)].any() for g in grads[1:])
+
+
+@each
+def test_float16_is_summed_in_float32(xp: Any, attention: Any, mask: Any, sizes: Any) -> None:
+    """900 keys alike, in sizes for which all are seen: 900 · 100 is beyond float16."""
+    x, v = xp.ones((900, 2), "float16"), xp.full((900, 1), 100.0, "float16")
+    full = {local_attention: (900,), atrous_attention: (1,), fixed_attention: (2, 2)}
+    y = attention(x, x, v, *full.get(attention, (0, 1)))
+    assert y.dtype == "float16"
+    assert_close(y, v)
+
+
 @given(st.integers(0, 6), st.integers(1, 9), st.integers(0, 40), st.integers(0, 9), st.booleans())
 def test_dilated_windows(xp: Any, w: int, d: int, n: int, more: int, is_causal: bool) -> None:
     q, k, v = arrays(n, n, n + more)
@@ -411,8 +454,24 @@ def test_refuses(xp: Any) -> None:
         (
             ValueError,
             lambda: local_attention(q, k, v, 1, key_mask=xp.ones(4, "bool")),
-            "one boolean for each key",
+            "key_mask has to broadcast to",
         ),
+        (
+            ValueError,
+            lambda: local_attention(q, k, v, 1, key_mask=xp.ones((3, 2, 5), "bool")),
+            "key_mask has to broadcast to",
+        ),
+        (
+            ValueError,
+            lambda: local_attention(q, k, v, 1, True, state=(k[:1], v[:1], k[:1, :, 0] > 0)),
+            "cannot go on with",
+        ),
+        (
+            ValueError,
+            lambda: local_attention(q, k, v, 1, True, state=(k, v)),
+            r"the state is \(key, value, seen\)",
+        ),
+        (TypeError, lambda: local_attention(q, k, v, 1, True, state=k), "a state is a tuple"),
     ):
         with pytest.raises(error, match=message):
             use()

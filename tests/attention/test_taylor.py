@@ -126,6 +126,18 @@ def test_attention_approaches_softmax(xp: Any) -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-10
 
 
+def test_the_dtype_is_that_of_the_query(xp: Any) -> None:
+    """float16 is summed in float32; a scale of NumPy's float64 does not widen float32."""
+    rising, value = xp.full((600, 3), 9.0, "float16"), xp.ones((600, 1), "float16")
+    y = taylor_attention(rising, rising, value, 4)  # f₄(140) alone is beyond float16
+    assert y.dtype == "float16"
+    assert_close(y, xp.ones((600, 1), "float16"))
+    x = Rng(0).normal((5, 3), dtype="float32")
+    y = taylor_attention(x, x, x, scale=np.float64(0.4))
+    assert y.dtype == "float32"
+    assert_close(y, taylor_attention(x, x, x, scale=0.4))
+
+
 def test_attention_in_parts(xp: Any) -> None:
     query, key, value = Rng(0).normal((3, 2, 7, 4), dtype="float64")
     whole = taylor_attention(query, key, value, 4, is_causal=True)

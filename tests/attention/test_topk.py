@@ -144,7 +144,7 @@ def test_a_sequence_in_pieces(xp: Any) -> None:
             y, state = topk_attention(*args, key_mask=real[:, part])
             pieces.append(y)
         assert_close(ops.concatenate(pieces, axis=1), whole, rtol=1e-12)
-        assert_close(state.key, key)
+        assert_close(state.key, xp.where(real[..., None], key, 0.0))
 
 
 def test_pads_and_nothing_to_see(xp: Any) -> None:
@@ -152,6 +152,11 @@ def test_pads_and_nothing_to_see(xp: Any) -> None:
     real = xp.arange(6) < 4
     want = topk_attention(q, key[:4], v[:4], 2)
     assert_close(topk_attention(q, key, v, 2, key_mask=real), want, rtol=1e-12)
+    dirty = [Tensor(xp.where(real[:, None], x, xp.nan), requires_grad=True) for x in (key, v)]
+    y = topk_attention(q, *dirty, 2, key_mask=real)
+    assert_close(y, want, rtol=1e-12)  # though nan would count as the largest score
+    for g in grad(y.sum(), dirty):
+        assert np.isfinite(host(g)).all() and not host(g)[4:].any()
     leaves = [Tensor(x, requires_grad=True) for x in (q, key, v)]
     y = topk_attention(*leaves, 2, key_mask=xp.zeros(6, "bool"))
     assert not host(y).any()
@@ -168,3 +173,14 @@ def test_refuses(xp: Any) -> None:
         topk_attention(q, q, q, 1, state=())
     with pytest.raises(TypeError, match="boolean"):
         topk_attention(q, q, q, 1, key_mask=xp.ones(4))
+    for wrong in (xp.ones((5, 1, 4), "bool"), xp.ones(3, "bool")):  # no axis is added, or cut off
+        with pytest.raises(ValueError, match=r"key_mask has to broadcast to .* \(4,\)"):
+            topk_attention(q, q, q, 1, key_mask=wrong)
+
+
+def test_float16_is_summed_in_float32(xp: Any) -> None:
+    """70,000 keys alike are more than float16 can count."""
+    key, v = xp.ones((70_000, 2), "float16"), xp.full((70_000, 1), 8.0, "float16")
+    y = topk_attention(key[:1], key, v, 69_999)
+    assert y.dtype == "float16"
+    assert_close(y, v[:1])

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from mini_nn import Rng, no_grad
-from mini_nn.attention.performer import favor_attention, generalized_kernel_attention
+from mini_nn.attention.performer import (
+    favor_attention,
+    generalized_kernel_attention,
+    released_favor_attention,
+)
+from mini_nn.attention.performer_layer import PerformerAttention
 from mini_nn.nn import functional as F
 from mini_nn.optim import AdamW
 from models.gpt import GPT, GPTConfig
@@ -97,6 +102,38 @@ def test_training_with_projections_that_are_drawn_anew(xp: Any) -> None:
         seen.add(float(model.transformer.h[0].attn.attention.projection[0, 0]))
     assert losses[-1] < 0.3 * losses[0]
     assert len(seen) == 14
+
+
+@pytest.mark.parametrize("make", [performer, PerformerEncoder])
+def test_options_reach_every_layer(xp: Any, make: Any) -> None:
+    model = make(TINY, Rng(0), 5, generalized_kernel_attention, 7)
+    layers = [m for m in model.modules() if isinstance(m, PerformerAttention)]
+    found = {(m.num_features, m.attention, m.redraw_interval) for m in layers}
+    assert len(layers) == 2 and found == {(5, generalized_kernel_attention, 7)}
+    default = [m for m in make(TINY).modules() if isinstance(m, PerformerAttention)]
+    found = {(m.num_features, m.attention, m.redraw_interval) for m in default}
+    assert found == {(16, favor_attention, None)}
+
+
+@pytest.mark.parametrize("make", [performer, PerformerEncoder])
+def test_unknown_features_are_refused_when_the_model_is_made(xp: Any, make: Any) -> None:
+    with pytest.raises(ValueError, match="got 'cosine'"):
+        make(TINY, attention=partial(favor_attention, feature="cosine"))
+    with pytest.raises(TypeError, match="got 'hyperbolic'"):
+        make(TINY, attention="hyperbolic")
+    assert make(TINY, attention=partial(favor_attention, feature="hyperbolic"))
+
+
+def test_the_released_form_is_for_encoders(xp: Any) -> None:
+    """With pads as well; a language model would see the future through it."""
+    model = scaled(PerformerEncoder(TINY, Rng(0), attention=released_favor_attention), 8.0)
+    x = np.random.default_rng(1).standard_normal((1, 7, 8))
+    real = np.arange(7) < 5
+    want = host(model(xp.asarray(x[:, :5])))
+    found = model(xp.asarray(np.where(real[:, None], x, 9.0)), xp.asarray(real[None]))
+    assert_close(host(found)[:, :5], want, rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match="whole sequence"):
+        performer(TINY, attention=released_favor_attention)(IDS)
 
 
 def test_redraw_reaches_every_layer(xp: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -97,12 +98,17 @@ def test_what_a_state_cannot_do_is_refused(xp: Any) -> None:
     cache.truncate(6)
     with pytest.raises(ValueError, match="from 6 tokens to 5"):
         cache.truncate(5)
-    with pytest.raises(ValueError, match="choose among the tokens"):
-        cache.select([0, 2, 5])
+    cache.select(range(6))
+    for order in ([0, 2, 5], [1, 0, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="choose among the tokens"):
+            cache.select(order)
     with pytest.raises(TypeError, match="use a KVCache"):
         cache.layers[0].append(xp.zeros((1, 1, 1, 1)), xp.zeros((1, 1, 1, 1)))
     mask = xp.ones((2, 6))
     assert_close(gpt(ids, mask), gpt(ids))
+    for wrong in (mask[:, :5], xp.ones((2, 7)), mask[:1]):
+        with pytest.raises(ValueError, match="attention_mask has the shape of ids"):
+            gpt(ids, wrong)
     mask[0, 0] = 0
     for call in (lambda: gpt(ids, mask), lambda: gpt(ids, mask, cache)):
         with pytest.raises(ValueError, match="pads cannot be hidden"):
@@ -117,3 +123,36 @@ def test_names_are_those_of_gpt(xp: Any) -> None:
     """So a checkpoint of softmax attention can be gone on with."""
     names = {name.replace(".attn.mixer.", ".attn.") for name in model("linear").state_dict()}
     assert names == {*GPT(TINY).state_dict()}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_refused_call_leaves_the_cache_as_it_was(xp: Any, name: str) -> None:
+    gpt, ids = model(name), text(9)
+    cache = gpt.new_cache(12)
+    gpt(ids[:, :3], cache=cache)
+    with pytest.raises(ValueError):
+        gpt(xp.concatenate([ids, ids], axis=0)[:, 3:5], cache=cache)  # another batch
+    assert [layer.length for layer in cache.layers] == [3, 3]
+    assert_close(gpt(ids[:, 3:], cache=cache), data_of(gpt(ids))[:, 3:], rtol=1e-9, atol=1e-10)
+
+
+def test_dropout_is_behind_the_branch_and_not_on_pairs(xp: Any) -> None:
+    config = replace(TINY, resid_pdrop=0.5)
+    layer = SelfAttention(config, Rng(0), linear_attention)
+    x = Rng(1).normal((1, 4, 8))
+    first = host(layer(x))
+    dropped = (first == 0).mean()
+    assert 0.1 < dropped < 0.9 and (host(layer(x)) != first).any()
+    assert (host(layer.eval()(x)) != 0).all()
+    assert_close(layer(x), layer(x))
+    with pytest.raises(ValueError, match=r"set attn_pdrop to 0, got 0\.1"):
+        RecurrentGPT(replace(TINY, attn_pdrop=0.1), lambda c, r: SelfAttention(c, r))
+
+
+def test_the_default_seed_is_0(xp: Any) -> None:
+    def mixer(config: GPTConfig, rng: Rng) -> SelfAttention:
+        return SelfAttention(config, rng, linear_attention)
+
+    given, default = (RecurrentGPT(TINY, mixer, *rng).state_dict() for rng in ((Rng(0),), ()))
+    for name, array in given.items():
+        assert_close(default[name], array, rtol=0.0, atol=1e-300)

@@ -13,8 +13,16 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_nn import Rng, Tensor, grad, no_grad, ops, optim
-from models.reformer import AxialPositions, Reformer, ReformerConfig, local_attention
+from mini_nn import Rng, Tensor, grad, nn, no_grad, ops, optim
+from mini_nn.attention import LSHAttention
+from models.reformer import (
+    AxialPositions,
+    Embeddings,
+    FeedForward,
+    Reformer,
+    ReformerConfig,
+    local_attention,
+)
 from tests.support import assert_close, host
 
 with safetensors.safe_open(
@@ -151,6 +159,66 @@ def test_plain_positions(xp: Any) -> None:
     assert model([[1, 2, 3]]).shape == (1, 3, 7)
 
 
+# Its options
+
+
+def test_options_reach_the_layers(xp: Any) -> None:
+    model = small(layer_norm_eps=0.25, num_hashes=3)
+    norms = [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    assert norms == [0.25] * 7
+    hashes = [m for m in model.modules() if isinstance(m, LSHAttention)]
+    assert [(m.rounds, m.chunk_size, m.num_buckets) for m in hashes] == [(3, 3, (4,))] * 2
+
+
+@pytest.mark.parametrize(("size", "chunks"), [(0, [5]), (2, [2, 2, 1]), (9, [5])])
+def test_feed_forward_takes_so_many_positions(xp: Any, size: int, chunks: list[int]) -> None:
+    layer = FeedForward(ReformerConfig(**{**SMALL, "chunk_size_feed_forward": size}), Rng(0))
+    seen, positions = [], layer.positions
+
+    def noted(x: Any) -> Any:
+        seen.append(x.shape[1])
+        return positions(x)
+
+    layer.positions = noted  # type: ignore[method-assign]
+    assert layer(xp.ones((1, 5, 8), dtype="float32")).shape == (1, 5, 8)
+    assert seen == chunks
+
+
+def test_initial_weights(xp: Any) -> None:
+    """Tokens and linear layers have the range that is asked for, positions 1; 40,000 numbers."""
+    model = small(vocab_size=5000, feed_forward_size=5000, initializer_range=0.3)
+    places = small(axial_pos_embds_dim=None, axial_pos_shape=(100, 50))
+    for weight, std in (
+        (model.reformer.embeddings.word_embeddings.weight, 0.3),
+        (model.reformer.encoder.layers[0].feed_forward.dense.dense.weight, 0.3),
+        (places.reformer.embeddings.position_embeddings.embedding.weight, 1.0),
+    ):
+        assert host(weight).std() == pytest.approx(std, rel=0.02)
+    biases = [p for name, p in model.named_parameters() if name.endswith("dense.bias")]
+    assert len(biases) == 6 and not any(host(p).any() for p in biases)
+
+
+def test_what_is_dropped(xp: Any) -> None:
+    """Tokens and positions, what both branches return, and what the head reads: all, if p is 1."""
+    config = ReformerConfig(**{**SMALL, "hidden_dropout_prob": 1.0})
+    assert not host(Embeddings(config, Rng(0))(np.zeros((1, 3), int))).any()
+    model, x = Reformer(config, Rng(0)), Rng(1).normal((1, 5, 8))
+    for layer in model.reformer.encoder.layers:
+        layer.feed_forward.output.dense.bias = nn.Parameter(xp.ones(8, dtype="float32"))
+        assert not host(layer.f(x)).any() and not host(layer.g(x)).any()
+    model.lm_head.bias = nn.Parameter(xp.arange(7.0, dtype="float32"))
+    assert_close(model([[1, 2]])[0], np.tile(np.arange(7.0, dtype="float32"), (2, 1)))
+    branch, widths = FeedForward(config, Rng(0)), []
+
+    def noted(x: Any) -> Any:
+        widths.append(x.shape[-1])
+        return x
+
+    branch.dropout = noted  # type: ignore[assignment]
+    branch(x[:, :3])
+    assert widths == [16, 8]  # the hidden layer, too
+
+
 def test_memory_is_flat_in_depth(xp: Any, backend_name: str) -> None:
     """16 layers need what 4 do, but for their parameters and gradients."""
     if backend_name == "cupy":
@@ -190,6 +258,18 @@ def test_wrong_use(xp: Any) -> None:
         small(axial_pos_embds_dim=(3, 6))
     with pytest.raises(ValueError, match="'local' or 'lsh'"):
         small(attn_layers=("local", "global"))
+    for options in (
+        {"local_attn_chunk_length": 0}, {"lsh_attn_chunk_length": 0},
+        {"chunk_size_feed_forward": -1},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="a chunk has at least one token"):
+            small(**options)
+    x = xp.ones((1, 4, 2))
+    for key, size in ((x, 0), (x[:, :2], 2)):
+        with pytest.raises(ValueError, match="chunks of at least one token, got"):
+            local_attention(x, key, x, size)
+    with pytest.raises(ValueError, match="make 12 positions, wanted 13"):
+        AxialPositions((3, 4), (2, 5), Rng(0))(13)
     with pytest.raises(ValueError, match="30 positions"):
         small()([[0] * 31])
     with pytest.raises(TypeError, match="integers"):

@@ -296,12 +296,26 @@ def test_float32_rounds_a_little_more(xp: Any) -> None:
 
 def test_wrong_shapes(xp: Any) -> None:
     x1, x2 = leaves()
-    with pytest.raises(ValueError, match="one shape and dtype"):
-        sequence(1)(x1, x2[:2])
+    for other in (x2[:2], x2.astype("float32")):
+        with pytest.raises(ValueError, match="one shape and dtype"):
+            sequence(1)(x1, other)
     with pytest.raises(ValueError, match="keeps shape and dtype"):
         ReversibleSequence([ReversibleBlock(lambda x: x[:1], ops.sin)])(x1, x2)
     with pytest.raises(ValueError, match="keeps shape and dtype"):
         ReversibleSequence([ReversibleBlock(lambda x: x.astype("float32"), ops.sin)])(x1, x2)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_branch_that_broadcasts_is_refused_everywhere(xp: Any, half: int) -> None:
+    """Whether or not there is a tape, by the block alone too: x + F(x) would hide the mistake."""
+    branches: list[Callable[[Any], Any]] = [ops.sin, ops.sin]
+    branches[half] = lambda x: x[:1]
+    block = ReversibleBlock(*branches)
+    for run in (block, ReversibleSequence([block])):
+        with pytest.raises(ValueError, match=r"\(3, 4\) float64 became \(1, 4\)"):
+            run(*leaves())
+        with no_grad(), pytest.raises(ValueError, match=r"\(3, 4\) float64 became \(1, 4\)"):
+            run(*leaves())
 
 
 # Memory
@@ -392,6 +406,17 @@ def test_chunks_save_memory(xp: Any, backend_name: str) -> None:
         for fn in (net, nn.ChunkedFeedForward(net, 16))
     )
     assert parts < whole / 5
+
+
+@pytest.mark.parametrize("size", [2, 5, 9])
+def test_every_chunk_runs_again(xp: Any, size: int) -> None:
+    """Once for each chunk and once more backwards, also where one chunk is all there is."""
+    branch, (x, _) = Branch(0), leaves(shape=(5, 4))
+    y = by_chunks(branch, x, size)
+    chunks = -(-5 // size)
+    assert branch.runs == chunks
+    grad(y.sum(), x)
+    assert branch.runs == 2 * chunks
 
 
 def test_dropout_in_chunks_is_replayed(xp: Any) -> None:
