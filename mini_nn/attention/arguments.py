@@ -35,8 +35,8 @@ from ..ops.elementwise import of
 
 __all__ = [
     "as_recurrence", "check_attention", "check_booleans", "check_key_mask", "check_lead",
-    "check_state", "matched", "narrow", "rate_of", "same_lead", "score_scale", "wide",
-    "without_pads",
+    "check_state", "matched", "narrow", "rate_of", "real_tokens", "same_lead", "score_scale",
+    "wide", "without_pads",
 ]  # fmt: skip
 
 
@@ -90,6 +90,21 @@ def without_pads(key_mask: Any, key: Any, *others: Any) -> list[Any]:
     check_key_mask(key_mask, key)
     real = data_of(key_mask)[..., None]
     return [ops.where(real, x, 0.0) for x in (key, *others)]
+
+
+def real_tokens(x: Any, key_mask: Any) -> tuple[Any, Any]:
+    """x (…, n, d) with zeros at the pads, and which tokens are none: (…, n) booleans.
+
+    Without a mask all are real; the booleans lack the leading axes that the mask does not have.
+
+    Raises:
+        ValueError, TypeError: as ``check_key_mask``.
+    """
+    xp, n = of(data_of(x)), x.shape[-2]
+    if key_mask is None:
+        return x, xp.ones(n, "bool")
+    (x,) = without_pads(key_mask, x)
+    return x, xp.broadcast_to(data_of(key_mask), (*key_mask.shape[:-1], n))
 
 
 def same_lead(query: Any, key: Any, value: Any) -> list[Any]:

@@ -35,7 +35,7 @@ from ..engine import data_of
 from ..nn import LayerNorm, Linear, Module, ModuleList
 from ..ops.elementwise import of
 from ..rng import Rng
-from .arguments import check_key_mask
+from .arguments import real_tokens
 
 __all__ = ["Funnel", "FunnelLayer", "pool_sequence", "pooled_length", "upsample"]
 
@@ -82,12 +82,7 @@ def pool_sequence(
             f"and {mode!r}"
         )
     xp, n = of(data_of(x)), x.shape[-2]
-    if key_mask is None:
-        real = xp.ones(n, "bool")
-    else:
-        check_key_mask(key_mask, x)
-        real = xp.broadcast_to(data_of(key_mask), (*key_mask.shape[:-1], n))
-        x = ops.where(real[..., None], x, 0.0)  # a pad may hold nan
+    x, real = real_tokens(x, key_mask)
     if stride == 1:
         return x, real
     first = min(n, 1) if separate_cls else 0

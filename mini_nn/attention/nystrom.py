@@ -42,7 +42,7 @@ from ..engine import data_of, primitive
 from ..nn import Conv2d, Module
 from ..ops.elementwise import of
 from ..rng import Rng
-from .arguments import check_attention, check_key_mask, narrow, wide
+from .arguments import check_attention, check_key_mask, narrow, real_tokens, wide
 
 __all__ = [
     "NystromAttention", "exact_pinv", "iterative_pinv", "matrix_start", "nystrom_attention",
@@ -73,13 +73,8 @@ def segment_means(x: Array, landmarks: int, key_mask: Array | None = None) -> tu
     """
     if landmarks < 1:
         raise ValueError(f"segment_means takes at least 1 landmark, got {landmarks}")
-    xp, n = of(data_of(x)), x.shape[-2]
-    if key_mask is None:
-        real = xp.ones(n, "bool")
-    else:
-        check_key_mask(key_mask, x)
-        real = xp.broadcast_to(data_of(key_mask), (*key_mask.shape[:-1], n))
-        x = ops.where(real[..., None], x, 0.0)  # a pad may hold nan
+    xp = of(data_of(x))
+    x, real = real_tokens(x, key_mask)
     rank = xp.cumsum(real.astype("int64"), axis=-1)
     segment = (rank - 1) * landmarks // xp.maximum(rank[..., -1:], 1)
     member = (segment[..., None, :] == xp.arange(landmarks)[:, None]) & real[..., None, :]
