@@ -316,7 +316,7 @@ STUDY = Study(
     "random pairs of key and value can be read back, the rank of the matrices, and four small "
     "GPTs that differ in their attention only, trained on real text.",
     quick=LinearAttentionConfig(
-        steps=80, context=128, batch=8, longest=2048, pairs=64, trials=5, longest_text=512,
+        steps=120, context=128, batch=8, longest=2048, pairs=64, trials=5, longest_text=512,
         scored=2048,
     ),
     full=LinearAttentionConfig(steps=420, context=256, batch=8),

@@ -34,7 +34,8 @@ def draw(
         plot.title(place, f"e^(q·k) by {name} features")
     axes[0].set_ylabel("length of q and of k")
     draw_bias(axes[4], series["bias"], sizes)
-    bar = figure.colorbar(image, ax=axes[3], label="log₁₀ of the relative error, squared")
+    bar = figure.colorbar(image, ax=axes[3])
+    bar.ax.set_title("log₁₀", fontsize=plot.SIZE - 1)
     bar.outline.set_visible(False)  # type: ignore[operator]
     for place, (deviation, lines) in zip(axes[5:8], series["attention"].items(), strict=True):
         draw_convergence(place, lines)
@@ -68,7 +69,7 @@ def draw_convergence(axes: Axes, lines: dict[str, list[Any]]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("features")
     axes.set_ylabel("error of the output ÷ its length")
-    axes.set_ylim(0.02, 30.0)
+    axes.set_ylim(0.003, 30.0)
     for name, rows in lines.items():
         feature, law = name.split(", ")
         count, low, middle, high = (np.array(column) for column in zip(*rows, strict=True))
@@ -124,7 +125,7 @@ def draw_cost(axes: Axes, cost: dict[str, list[tuple[int, float]]]) -> None:
 
 CAPTION = """Above: the mean square error of the estimate of e^(q·k) from 16 rows, over \
 e^(2q·k), by the length of q and k ({d} numbers each) and the angle between them: measured with \
-{kernel_draws:,} projections (colour) and in theory (lines, at powers of 10). Right: the mean of \
+{kernel_draws:,} projections (colour, as its logarithm) and in theory (lines). Right: the mean of \
 the positive estimate over the truth for q = k = (1, …, 1)/√d and its negative, over \
 {bias_rows:,} rows: orthogonal rows of the right law, \
 LAPACK's Q as it comes, and other laws of the rows' lengths. Below, from the left: the error of \
