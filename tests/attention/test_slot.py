@@ -1,4 +1,4 @@
-"""Any attention of the room in the place of GPT-2's: with a cache of keys, or a state of its own."""
+"""Any attention of the room in the place of GPT-2's: with a cache of keys, with its own state."""
 
 from __future__ import annotations
 
