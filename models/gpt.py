@@ -18,6 +18,7 @@ Deviations: dropout rates are 0 by default (GPT-2 trained with 0.1); biases and 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -69,7 +70,11 @@ class CausalSelfAttention(Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop, rng=rng)
 
     def forward(self, x: Any, mask: Any = None, cache: LayerCache | None = None) -> Any:
-        """(b, t, d) to (b, t, d); ``mask`` None means that everything earlier may be seen."""
+        """(b, t, d) to (b, t, d); ``mask`` None means that everything earlier may be seen.
+
+        Raises:
+            ValueError: there is a mask, and the attention takes none.
+        """
         b, t, d = x.shape
         query, key, value = split_heads(self.c_attn(x), self.heads)
         if cache is not None:
@@ -77,8 +82,23 @@ class CausalSelfAttention(Module):
         if mask is None:
             y = self.attention(query, key, value, is_causal=t > 1)
         else:
-            y = self.attention(query, key, value, attn_mask=mask)
+            try:
+                y = self.attention(query, key, value, attn_mask=mask)
+            except TypeError as error:
+                if _takes_mask(self.attention):
+                    raise
+                raise ValueError(
+                    "this attention takes no attn_mask, and one is needed for pads, and for "
+                    "several tokens after a cache: pass texts of one length, one token at a time"
+                ) from error
         return self.resid_dropout(self.c_proj(y.swapaxes(1, 2).reshape(b, t, d)))
+
+
+def _takes_mask(attention: Attention) -> bool:
+    """Whether it has an argument ``attn_mask``."""
+    function = attention.forward if isinstance(attention, Module) else attention
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == "attn_mask" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class Block(Module):

@@ -92,3 +92,18 @@ def test_the_performers_layer_with_a_state(xp: Any) -> None:
         return SelfAttention(config, rng, A.PerformerAttention(D, rng=rng))
 
     continues(xp, mixer)
+
+
+@pytest.mark.parametrize("attention", [A.linear_attention, partial(A.local_attention, window=3)])
+def test_pads_are_refused_where_nothing_can_hide_them(xp: Any, attention: Any) -> None:
+    rng = Rng(0)
+    model = GPT(TINY, rng, [Block(TINY, rng, attention) for _ in range(2)])
+    mask = xp.asarray([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="takes no attn_mask"):
+        model.generate(text()[:, :3], 2, attention_mask=mask)
+    cache = model.new_cache(13)
+    model(text()[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        model(text()[:, 5:8], cache=cache)
+    softmax = [Block(TINY, rng, A.softmax_attention) for _ in range(2)]
+    assert GPT(TINY, rng, softmax).generate(text()[:, :3], 2, attention_mask=mask).shape == (2, 5)
