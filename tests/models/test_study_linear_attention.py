@@ -63,6 +63,32 @@ def test_the_last_of_two_values_is_what_the_delta_rule_returns(xp: Any) -> None:
     assert_close(found["linear"], value[:, 0] + value[:, 1], rtol=1e-9, atol=1e-10)
 
 
+def test_of_a_key_written_twice_the_new_value_is_asked_for(xp: Any) -> None:
+    found = study.recall(TINY, Rng(0))
+    written, rewritten = (dict(found[what]["delta rule"]) for what in ("written", "rewritten"))
+    assert rewritten[4] < 0.5  # against the old values it is √2 and more
+    assert written[4] < 0.5
+    assert abs(dict(found["rewritten"]["mesa"])[4] - 0.5**0.5) < 0.1  # both values, half of each
+    assert [n for n, _ in found["written"]["linear"]] == [4, 8, 16]
+
+
+def test_every_time_of_a_token_is_after_the_same_text(
+    xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    answer = RecurrentGPT.next_logits
+
+    def recorded(self: RecurrentGPT, ids: Any, mask: Any, cache: Any) -> Any:
+        if ids.shape[1] == 1:
+            seen.append(cache.length)
+        return answer(self, ids, mask, cache)
+
+    monkeypatch.setattr(RecurrentGPT, "next_logits", recorded)
+    times = study.next_token_times(study.softmax_mixer, TINY)
+    assert [n for n, _ in times] == [64, 128]
+    assert seen == [64] * 5 + [128] * 5
+
+
 def test_ranks(xp: Any) -> None:
     found = study.spectra(Rng(0), n=40, d=4)
     ranks = {name: study.rank(values) for name, values in found.items()}
@@ -117,6 +143,19 @@ def test_measures(xp: Any) -> None:
     arrays = Rng(0).normal((3, 6, 4), dtype="float64")
     call = measure.there_and_back(study.passes()["linear, in chunks"], arrays)
     assert call().shape == (6, 4)
+
+
+def test_the_shortest_of_all_runs_is_taken(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    runs: list[int] = []
+
+    def call() -> Any:
+        runs.append(1)
+        return xp.zeros(1)
+
+    assert measure.milliseconds(call, 3) == 2000.0
+    assert len(runs) == 3
 
 
 def test_a_run_has_all_its_parts(xp: Any, tmp_path: Path) -> None:

@@ -42,6 +42,30 @@ def test_the_measured_error_is_the_one_of_theory(xp: Any) -> None:
         assert abs(np.median((measured - theory)[seen])) < 0.1, name
 
 
+@pytest.mark.parametrize("deviation", [0.25, 3.0])
+def test_logits_have_the_deviation_of_the_label_and_features_are_counted(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, deviation: float
+) -> None:
+    logits, sizes = [], []
+
+    def exact(query: Any, key: Any, value: Any) -> Any:
+        logits.append(host(query) @ host(key).T / study.D**0.5)
+        return value
+
+    def estimate(query: Any, key: Any, value: Any, w: Any, feature: str) -> Any:
+        sizes.append(w.shape[0] * study.FEATURES[feature])
+        return value * 1.5
+
+    monkeypatch.setattr(study, "softmax_attention", exact)
+    monkeypatch.setattr(study, "favor_attention", estimate)
+    config = study.PerformerConfig(steps=2, tokens=400, most_features=32)
+    found = study.attention_errors(deviation, config, Rng(0))
+    assert abs(logits[0].std() / deviation - 1) < 0.05
+    assert sizes == [m for _ in found for m in (8, 8, 16, 16, 32, 32)]
+    for rows in found.values():
+        assert_close(np.array(rows), np.array([[m, 0.5, 0.5, 0.5] for m in (8, 16, 32)]), rtol=1e-5)
+
+
 def test_raw_directions_are_orthogonal_and_not_haar(xp: Any) -> None:
     """What is planted is the bias of the mean, not some other mistake."""
     d = 8
