@@ -1,4 +1,4 @@
-"""A GPT whose attention is a recurrence: what it carries on does not grow with the text.
+"""A GPT whose attention carries a state, which need not grow with the text.
 
 Katharopoulos, Vyas, Pappas & Fleuret 2020, "Transformers are RNNs", arXiv:2006.16236, §3.4: a
 causal attention that is a linear function of a sum over the past needs only that sum to write on.

@@ -100,9 +100,12 @@ def test_the_numbers_of_the_gpt_page_are_those_of_the_run_that_made_its_figure()
                 *(f"delta_rule_error_of_{n}_written_pairs" for n in (32, 128)),
                 "mesa_error_of_128_written_pairs",
                 "elu_plus_1_error_of_32_written_pairs",
+                "softmax_error_of_32_written_pairs",
+                "delta_rule_error_of_32_rewritten_pairs",
+                "mesa_error_of_32_rewritten_pairs",
                 *(
                     f"{kind}_bits_per_character"
-                    for kind in ("softmax", "elu_plus_1", "performer", "gated_delta")
+                    for kind in ("softmax", "elu_plus_1", "performer", "gated_delta", "bigram")
                 ),
                 *(
                     f"{kind}_milliseconds_of_a_token_after_4096:.1f"
@@ -219,6 +222,9 @@ def test_the_claims_of_the_studies_hold_in_the_runs_that_made_their_figures() ->
     rewritten = [linear[f"{k}_error_of_32_rewritten_pairs"] for k in ("delta_rule", "mesa")]
     assert rewritten[0] < rewritten[1] < linear["linear_error_of_32_rewritten_pairs"]
     assert linear["mesa_error_of_64_written_pairs"] < 0.02
+    assert linear["softmax_16_error_of_128_written_pairs"] < 0.001
+    later = [linear[f"{k}_error_of_64_rewritten_pairs"] for k in ("softmax_16", "mesa")]
+    assert max(later) < linear["delta_rule_error_of_64_rewritten_pairs"]
     assert linear["softmax_rank"] == linear["elu_plus_1_causal_rank"] == 200
     assert linear["elu_plus_1_rank"] == linear["double_softmax_rank"] == 8
     assert linear["1_plus_cosine_rank"] == 9

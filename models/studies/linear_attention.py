@@ -3,10 +3,10 @@
 Without softmax attention is a product of three matrices, and their order is free: Q (Kᵀ V) takes
 time and memory that grow as the length of the text (Katharopoulos et al. 2020, arXiv:2006.16236;
 J. Su 2020, kexue.fm 7546).  What is lost is capacity: a state of d × d numbers holds d pairs of key
-and value, where the softmax looks up any number.  Rules that erase before they write buy a part of
-it back (Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2412.06464; von Oswald et al.
-2025, arXiv:2506.05233).  Measured: growth of time and memory, recall of random pairs, the spectra
-of the matrices, and small GPTs on real text.
+and value, where a softmax that is sharp enough looks up any number.  Rules that erase before they
+write buy a part of it back (Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024,
+arXiv:2412.06464; von Oswald et al. 2025, arXiv:2506.05233).  Measured: growth of time and memory,
+recall of random pairs, the spectra of the matrices, and small GPTs on real text.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ..data import corpus, split
 from ..generation import on_arrays
 from ..gpt import GPTConfig
 from ..recurrent import RecurrentGPT, SelfAttention
+from . import baselines
 from .base import Result, Study
 from .linear_attention_figure import CAPTION, draw
 from .measure import (
@@ -59,7 +60,11 @@ DENSE_UP_TO = 4096
 """Tokens; the dense softmax of 8,192 needs a gigabyte."""
 
 RECALL_SCALE = 16.0
-"""The factor of the logits of softmax in the recall of unit keys."""
+"""A factor of the logits with which the softmax picks one of unit keys; 1/√d leaves all alike."""
+
+
+RECALLED = (32, 64, 128)
+"""Numbers of pairs whose errors are metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ class LinearAttentionConfig(TextConfig):
 
     Args:
         longest: tokens, up to which time and memory are measured: a power of 2.
-        pairs: the largest number of pairs to recall.
+        pairs: the largest number of pairs to recall, at least 32.
         trials: how many sets of pairs.
         longest_text: tokens, up to which the time of the next one is measured: a power of 2.
         scored: bytes of the held-out text that are scored.
@@ -78,7 +83,7 @@ class LinearAttentionConfig(TextConfig):
     pairs: int = 256
     trials: int = 20
     longest_text: int = 4096
-    scored: int = 8192
+    scored: int = 16384
 
 
 # growth
@@ -116,7 +121,8 @@ def read_back(key: Array, value: Array) -> dict[str, Any]:
     Recurrences read their last state; the softmax and its kind look at all pairs.
     """
     everything = {
-        "softmax": softmax_attention(key, key, value, scale=RECALL_SCALE),
+        "softmax × 16": softmax_attention(key, key, value, scale=RECALL_SCALE),
+        "softmax": softmax_attention(key, key, value),
         "ELU + 1": linear_attention(key, key, value),
         "linear": unnormalized_attention(key, key, value),
     }
@@ -142,9 +148,9 @@ def recall(config: LinearAttentionConfig, rng: Rng) -> dict[str, dict[str, list[
         twice = xp.concatenate([key, key], axis=1), xp.concatenate([old, new], axis=1)
         for what, pairs, wanted in (("written", (key, old), old), ("rewritten", twice, new)):
             for name, got in read_back(*pairs).items():
-                error = got[:, -n:] - wanted
-                deviation = float(backend.to_host((error * error).mean())) ** 0.5
-                found[what].setdefault(name, []).append((n, deviation))
+                gap = got[:, -n:] - wanted
+                error = float(backend.to_host((gap * gap).mean())) ** 0.5
+                found[what].setdefault(name, []).append((n, error))
     return found
 
 
@@ -223,7 +229,7 @@ def next_token_times(mixer: Any, config: LinearAttentionConfig) -> list[tuple[in
             model.next_logits(text[:, cache.length : more], None, cache)
         one = partial(model.next_logits, text[:, n : n + 1], None)
         copies = iter([cache.fork() for _ in range(5)])
-        found.append((n, milliseconds(lambda: one(next(copies)))))  # noqa: B023 - called at once
+        found.append((n, milliseconds(lambda: one(next(copies)), 5)))  # noqa: B023 - called at once
     return found
 
 
@@ -262,10 +268,15 @@ def run(config: LinearAttentionConfig, session: Session) -> Result:
         "text": {name: by_position(bits, config.context) for name, bits in texts.items()},
     }
     metrics = metrics_of(series, texts, parameters)
+    counts = {
+        "unigram": baselines.unigram_bits(train, held_out),
+        "bigram": baselines.bigram_bits(train, held_out),
+    }
+    metrics |= {f"{name}_bits_per_character": bits for name, bits in counts.items()}
     return Result(
         headline=headline(metrics),
         metrics=metrics,
-        figure=draw(series, {name: float(bits.mean()) for name, bits in texts.items()}),
+        figure=draw(series, {name: float(bits.mean()) for name, bits in texts.items()}, counts),
         caption=CAPTION.format(**{**vars(config), "pairs_kept": D, **metrics}),
         series=series,
     )
@@ -285,9 +296,9 @@ def metrics_of(
     for what, rules in series["recall"].items():
         for name, points in rules.items():
             for n, error in points:
-                if n in (32, 64, 128):
+                if n in RECALLED:
                     found[f"{as_name(name)}_error_of_{n}_{what}_pairs"] = error
-    for n in (32, 64, 128):
+    for n in RECALLED:
         found[f"theory_linear_error_of_{n}_pairs"] = math.sqrt((n - 1) / D)
     for name, values in series["spectra"].items():
         found[f"{as_name(name)}_rank"] = rank(values)
@@ -300,13 +311,15 @@ def metrics_of(
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """The exponents and the bits, in one line."""
-    bits = ", ".join(
-        f"{name} {metrics[f'{as_name(name)}_bits_per_character']:.2f}" for name in MIXERS
-    )
-    dense = metrics["softmax_dense_time_exponent"]
+    """The exponents and what is recalled, in one line."""
+    dense = metrics["softmax_in_blocks_time_exponent"]
     linear = metrics["linear_in_chunks_time_exponent"]
-    return f"time grows as n^{dense:.2f} and n^{linear:.2f}; bits per character: {bits}"
+    names = ("linear", "delta_rule", "mesa")
+    errors = ", ".join(f"{metrics[f'{k}_error_of_{RECALLED[0]}_written_pairs']:.2f}" for k in names)
+    return (
+        f"time grows as n^{dense:.2f} (softmax) and n^{linear:.2f} (linear); error of recalling "
+        f"{RECALLED[0]} pairs: {errors} (linear, delta, mesa)"
+    )
 
 
 STUDY = Study(

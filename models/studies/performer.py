@@ -357,7 +357,7 @@ def metrics_of(series: dict[str, Any]) -> dict[str, float | int | str]:
         pair = (series["cost"][f"softmax{suffix}"], series["cost"][f"Performer{suffix}"])
         length = crossing(*pair)
         name = f"tokens_from_which_it_is_faster{as_name(suffix) and '_' + as_name(suffix)}"
-        found[name] = length if math.isfinite(length) else "none"
+        found[name] = round(length, -2) if math.isfinite(length) else "none"
     return found
 
 

@@ -126,11 +126,11 @@ def draw_cost(axes: Axes, cost: dict[str, list[tuple[int, float]]]) -> None:
 CAPTION = """Above: the mean square error of the estimate of e^(q·k) from 16 rows, over \
 e^(2q·k), by the length of q and k ({d} numbers each) and the angle between them: measured with \
 {kernel_draws:,} projections (colour, as its logarithm) and in theory (lines). Right: the mean of \
-the positive estimate over the truth for q = k = (1, …, 1)/√d and its negative, over \
-{bias_rows:,} rows: orthogonal rows of the right law, \
+the positive estimate over the truth for q = k = u with u = ±(1, …, 1)/√d, over {bias_rows:,} \
+rows (relative standard error √(53 / rows)): orthogonal rows of the right law, \
 LAPACK's Q as it comes, and other laws of the rows' lengths. Below, from the left: the error of \
 attention over {tokens} tokens, median and quartiles of {steps} projections, by the number of \
 features, for logits of standard deviation 0.25, 1 and 3 (solid: orthogonal rows, dashed: \
 independent ones). The largest change of any output but the last one when the last key is \
 multiplied, in causal attention (0 is drawn at 1e-17). The time of one head of 64 with 256 \
-features, causal attention dashed."""
+features, forward only, causal attention dashed; 4 d marks the usual number of features."""
