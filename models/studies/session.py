@@ -144,7 +144,7 @@ class Loop:
         with tqdm(
             total=self.total,
             initial=self.start,
-            desc=session.name,
+            desc=session.name if self._name == "training" else f"{session.name} {self._name}",
             unit="step",
             mininterval=0.3 if sys.stderr.isatty() else 5.0,
         ) as bar:
@@ -172,7 +172,8 @@ class Loop:
         self._note = ", ".join(
             f"{name} {value:.4g}" for name, value in row.items() if name != "step"
         )
-        self.session.log(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+        values = ", ".join(f"{name} {value:.6g}" for name, value in row.items())
+        self.session.log(values if self._name == "training" else f"{self._name}: {values}")
 
     def _save(self, step: int) -> None:
         self.session.checkpoint.mkdir(exist_ok=True)

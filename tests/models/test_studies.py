@@ -297,6 +297,20 @@ def test_a_finished_loop_has_no_steps_left(tmp_path: Path) -> None:
     assert again.bits() == done.bits()
 
 
+def test_each_of_several_loops_is_named_where_it_is_shown_and_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    current = Session("study", tmp_path)
+    for name in ("training", "other"):
+        model = nn.Linear(1, 1, rng=Rng(0))
+        loop = current.loop(1, model, optim.SGD(model.parameters()), name=name)
+        for _ in loop:
+            loop.record(loss=2.0)
+    shown, logged = capsys.readouterr().err, (tmp_path / "log").read_text("utf-8")
+    assert "study: 100%" in shown and "study other: 100%" in shown
+    assert "  loss 2\n" in logged and "  other: loss 2\n" in logged
+
+
 def test_a_loop_of_another_model_is_refused(tmp_path: Path) -> None:
     Walk(tmp_path).go()
     model = nn.Linear(2, 2, rng=Rng(0))
