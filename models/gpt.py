@@ -88,8 +88,8 @@ class CausalSelfAttention(Module):
                 if _takes_mask(self.attention):
                     raise
                 raise ValueError(
-                    "this attention takes no attn_mask, and one is needed for pads, and for "
-                    "several tokens after a cache: pass texts of one length, one token at a time"
+                    "this attention takes no attn_mask, which pads need (pass texts of one length) "
+                    "and several tokens after a cache (pass one token at a time)"
                 ) from error
         return self.resid_dropout(self.c_proj(y.swapaxes(1, 2).reshape(b, t, d)))
 

@@ -56,8 +56,8 @@ def lsh_hash(x: Any, rotations: Any) -> Array:
     Args:
         x: (…, n, d).
         rotations: R, (…, r, d, b/2), whose leading axes broadcast to those of x, such as (h, …).
-            Several in a tuple are a hash in factors, b = b₁ b₂ …, that agrees where all agree: x R
-            has then n (b₁ + b₂ + …) numbers instead of n b, which for b ~ n is what counts.
+            Several in a tuple are a hash in factors, b = b₁ b₂ …, that agrees where all agree:
+            [x R; −x R] has then n (b₁ + b₂ + …) numbers instead of n b, which counts for b ~ n.
 
     Returns:
         (…, r, n) integers in [0, b), without a gradient; the first of several largest, so the
