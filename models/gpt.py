@@ -31,11 +31,12 @@ from mini_nn import Rng, Tensor, backend, io, nn, ops
 from mini_nn.backend import Array
 from mini_nn.engine import data_of
 from mini_nn.nn import Module, Parameter
+from mini_nn.nn.heads import split_heads
 from mini_nn.nn.residual import Residual, pre_norm
 
 from .generation import GenerationMixin, KVCache, LayerCache, as_ids, at_home, on_arrays
 from .gpt_config import ACTIVATIONS, SIZES, SUPPORTED, GPTConfig, gelu_new
-from .gpt_layers import MLP, Conv1D, DroppedAttention, Unembedding, split_heads
+from .gpt_layers import MLP, Conv1D, DroppedAttention, Unembedding
 
 __all__ = [
     "ACTIVATIONS", "GPT", "MLP", "SIZES", "SUPPORTED", "Attention", "Block", "CausalSelfAttention",

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mini_nn import Rng, backend, nn, ops
-from mini_nn.engine import data_of, primitive
+from mini_nn.engine import data_of
 from mini_nn.nn import Module, Parameter
 
 from .gpt_config import ACTIVATIONS, GPTConfig
@@ -61,24 +61,6 @@ class DroppedAttention(Module):
         unit = backend.of(data).eye(key.shape[-2], dtype=data.dtype)
         unit = backend.of(data).broadcast_to(unit, (*key.shape[:-2], *unit.shape))
         return ops.matmul(self.dropout(attend(query, key, unit, attn_mask, is_causal)), value)
-
-
-@primitive
-def split_heads(x: Any, heads: int) -> Any:
-    """Queries, keys and values side by side, (b, t, 3d), as three views (b, heads, t, d/heads).
-
-    One entry on the tape and one copy in the backward pass, where split, reshape and swapaxes make
-    seven and three.
-    """
-    b, t, width = x.shape
-    return tuple(x.reshape(b, t, 3, heads, width // (3 * heads)).transpose(2, 0, 3, 1, 4))
-
-
-def _split_heads_rule(g: Any, like: Any) -> Any:
-    return ops.stack([part.swapaxes(1, 2) for part in g], axis=2).reshape(like.shape)
-
-
-split_heads.derivative(x=_split_heads_rule)
 
 
 class MLP(Module):

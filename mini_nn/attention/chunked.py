@@ -129,7 +129,7 @@ def _chunked(query: Any, key: Any, value: Any, log_decay: Any, state: Any, chunk
     xp, n = of(query), query.shape[-2]
     size = max(1, min(chunk_size, n))
     q, k, v = (in_chunks(xp, x, size) for x in (query, key, value))
-    decay = _Decay(xp, log_decay, n, size, query.dtype)
+    decay = Decay(xp, log_decay, n, size, query.dtype)
     first = xp.zeros(state_shape(key, value), value.dtype) if state is None else state
     added = decay.to_end(k).swapaxes(-1, -2) @ v
     states, last = _scan(xp, first, added, decay, range(added.shape[-3]))
@@ -153,7 +153,7 @@ def _rule(
     xp, n = of(query), query.shape[-2]
     size = max(1, min(chunk_size, n))
     q, k, v, o = (in_chunks(xp, x, size) for x in (query, key, value, g[0]))
-    decay = _Decay(xp, log_decay, n, size, query.dtype)
+    decay = Decay(xp, log_decay, n, size, query.dtype)
     seen = decay.from_start(q).swapaxes(-1, -2) @ o
     after, first = _scan(xp, g[1], seen, decay, reversed(range(seen.shape[-3])))
     of_q = of_k = of_v = of_decay = None
@@ -175,7 +175,7 @@ def _rule(
     return (*rows, of_decay, first)
 
 
-class _Decay:
+class Decay:
     """The decays between any two tokens of a chunk, and those from its start and to its end.
 
     Without decay all of them are 1, so only the mask of D is left.
@@ -211,7 +211,7 @@ class _Decay:
         return x if self.whole is None else x * self.whole[..., chunk, :, :]
 
 
-def _scan(xp: Any, first: Any, added: Any, decay: _Decay, order: Any) -> tuple[Any, Any]:
+def _scan(xp: Any, first: Any, added: Any, decay: Decay, order: Any) -> tuple[Any, Any]:
     """The states that the chunks of this order find, and what is there after the last."""
     found, state = xp.empty_like(added), first
     for chunk in order:
@@ -220,12 +220,12 @@ def _scan(xp: Any, first: Any, added: Any, decay: _Decay, order: Any) -> tuple[A
     return found, state
 
 
-def in_chunks(xp: Any, x: Any, size: int) -> Any:
-    """(…, n, d) as (…, chunks, size, d), with zeros after the last token."""
+def in_chunks(xp: Any, x: Any, size: int, fill: float = 0.0) -> Any:
+    """(…, n, d) as (…, chunks, size, d), with ``fill`` after the last token."""
     *lead, n, d = x.shape
     missing = -n % size
     if missing:
-        x = xp.concatenate([x, xp.zeros((*lead, missing, d), x.dtype)], axis=-2)
+        x = ops.concatenate([x, xp.full((*lead, missing, d), fill, x.dtype)], axis=-2)
     return x.reshape(*lead, (n + missing) // size, size, d)
 
 
@@ -236,6 +236,7 @@ def in_a_row(x: Any, n: int) -> Any:
 
 
 def state_shape(key: Any, value: Any) -> tuple[int, ...]:
+    """(…, d, e) for keys (…, n, d) and values (…, n, e)."""
     return (*key.shape[:-2], key.shape[-1], value.shape[-1])
 
 

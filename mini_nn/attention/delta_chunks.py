@@ -46,7 +46,7 @@ from ..engine import data_of, primitive
 from ..ops.elementwise import of
 from ..tape import Kept
 from .arguments import narrow, rate_of, wide
-from .chunked import in_a_row, in_chunks, state_shape
+from .chunked import Decay, in_a_row, in_chunks, state_shape
 
 __all__ = ["chunked_delta", "recurrent_delta", "unit_lower_inverse"]
 
@@ -211,25 +211,25 @@ def _chunked_delta(
     size = max(1, min(chunk_size, n))
     q, k, v, b = (in_chunks(xp, x, size) for x in (query, key, value, beta[..., None]))
     p = k if erase is None else in_chunks(xp, erase, size)
-    decay = _Decay(xp, log_decay, error_first, size, query.dtype)
+    decay = _Decay(xp, log_decay, error_first, n, size, query.dtype)
     keys = k.swapaxes(-1, -2)
     errors = p @ keys  # of one write, for each later token of the chunk
     errors *= decay.before
     inverse = unit_lower_inverse(b * errors)
     written = inverse @ (b * v)
-    erased = inverse @ (b * _times(p, decay.start_of_error))
-    to_end = _times(k, decay.end).swapaxes(-1, -2)
+    erased = inverse @ (b * decay.to_error(p))
+    to_end = decay.to_end(k).swapaxes(-1, -2)
     s = xp.zeros(state_shape(key, value), value.dtype) if state is None else state
     states = xp.empty((*v.shape[:-2], *s.shape[-2:]), s.dtype)
     for i in range(v.shape[-3]):
         states[..., i, :, :] = s
         written[..., i, :, :] -= erased[..., i, :, :] @ s
         added = to_end[..., i, :, :] @ written[..., i, :, :]
-        s = added + (s if decay.whole is None else s * decay.whole[..., i, :, :])
+        s = added + decay.state(s, i)
     weights = q @ keys
     weights *= decay.between
     y = weights @ written
-    y += _times(q, decay.start) @ states
+    y += decay.from_start(q) @ states
     return Kept(
         (in_a_row(y, n), s),
         chunks=(q, k, v, p, b),
@@ -247,19 +247,19 @@ def _rule(
     xp, n = of(q), g[0].shape[-2]
     o, after = in_chunks(xp, g[0], q.shape[-2]), xp.empty_like(states)
     of_u = weights.swapaxes(-1, -2) @ o
-    seen = _times(q, decay.start).swapaxes(-1, -2) @ o
-    to_end, erasing = _times(k, decay.end), erased.swapaxes(-1, -2)
+    seen = decay.from_start(q).swapaxes(-1, -2) @ o
+    to_end, erasing = decay.to_end(k), erased.swapaxes(-1, -2)
     s = g[1]
     for i in reversed(range(o.shape[-3])):
         after[..., i, :, :] = s
         of_u[..., i, :, :] += to_end[..., i, :, :] @ s
         seen[..., i, :, :] -= erasing[..., i, :, :] @ of_u[..., i, :, :]
-        s = seen[..., i, :, :] + (s if decay.whole is None else s * decay.whole[..., i, :, :])
+        s = seen[..., i, :, :] + decay.state(s, i)
     of_r = inverse.swapaxes(-1, -2) @ of_u
     of_v = b * of_r
     of_beta = of_q = of_k = of_p = of_decay = None
     if needs[3]:
-        error = v - _times(p, decay.start_of_error) @ states
+        error = v - decay.to_error(p) @ states
         error -= errors @ written
         of_beta = in_a_row((of_r * error).sum(axis=-1, keepdims=True), n)[..., 0]
     if needs[0] or needs[1] or needs[4] or needs[6]:
@@ -269,13 +269,13 @@ def _rule(
         of_errors *= decay.before
         held = states.swapaxes(-1, -2)
         of_q = of_weights @ k
-        of_q += _times(o @ held, decay.start)
+        of_q += decay.from_start(o @ held)
         of_p = of_errors @ k
-        of_p += _times(of_v @ held, decay.start_of_error)
+        of_p += decay.to_error(of_v @ held)
         of_p *= -1.0
         of_k = of_weights.swapaxes(-1, -2) @ q
         of_k -= of_errors.swapaxes(-1, -2) @ p
-        of_k += _times(written @ after.swapaxes(-1, -2), decay.end)
+        of_k += decay.to_end(written @ after.swapaxes(-1, -2))
     if needs[4]:
         ends = xp.concatenate([states[..., 1:, :, :], y[1][..., None, :, :]], axis=-3)
         erasures = (p * of_p).sum(axis=-1)
@@ -291,40 +291,31 @@ def _rule(
     return (*rows[:3], of_beta, of_decay, s, rows[3])
 
 
-class _Decay:
-    """The decays inside the chunks; without decay they are 1 and only the masks are left.
+class _Decay(Decay):
+    """The decays inside the chunks, and those that the state has undergone when the error is taken.
 
     Attributes:
-        between: D, and 0 for what is later.
         before: D′, and 0 for what is not earlier.
-        start, start_of_error, end: e, e′ and a, (…, chunks, size, 1), or None for 1.
-        whole: γ_1 … γ_end, (…, chunks, 1, 1), or None for 1.
+        start_of_error: e′, (…, chunks, size, 1), or None for 1.
     """
 
-    def __init__(self, xp: Any, log_decay: Any, error_first: bool, size: int, dtype: Any) -> None:
-        later = xp.arange(size)[:, None] > xp.arange(size)
-        self.between = (xp.arange(size)[:, None] >= xp.arange(size)).astype(dtype)
-        self.before = later.astype(dtype)
-        self.start = self.start_of_error = self.end = self.whole = None
-        if log_decay is None:
-            return
-        steps = in_chunks(xp, log_decay[..., None], size)
-        # sums that start anew for each j: a difference of two would cancel, or be ∞ − ∞
-        self.between = self.between * xp.exp(xp.where(later, steps, 0.0).cumsum(axis=-2))
-        self.start = self.start_of_error = xp.exp(steps.cumsum(axis=-2))
-        self.end = self.between[..., -1, :, None]
-        self.whole = self.start[..., -1:, :]
-        if error_first:
+    def __init__(
+        self, xp: Any, log_decay: Any, error_first: bool, n: int, size: int, dtype: Any
+    ) -> None:
+        super().__init__(xp, log_decay, n, size, dtype)
+        if error_first and self.start is not None:
             self.before = xp.zeros_like(self.between)
             self.before[..., 1:, :] = self.between[..., :-1, :]
             self.start_of_error = xp.ones_like(self.start)
             self.start_of_error[..., 1:, :] = self.start[..., :-1, :]
         else:
-            self.before = self.between * self.before
+            later = xp.arange(size)[:, None] > xp.arange(size)
+            self.before = self.between * later.astype(dtype)
+            self.start_of_error = self.start
 
-
-def _times(x: Any, factor: Any) -> Any:
-    return x if factor is None else x * factor
+    def to_error(self, x: Any) -> Any:
+        """Each row of a chunk times what its error sees of the state before the chunk."""
+        return x if self.start_of_error is None else x * self.start_of_error
 
 
 def _prepared(

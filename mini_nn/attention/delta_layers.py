@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from .. import ops
 from ..backend import Array
-from ..engine import primitive
+from ..nn.heads import split_heads
 from ..nn.layers import Linear
 from ..nn.module import Module, Parameter
 from ..nn.norm import RMSNorm
@@ -40,18 +40,6 @@ class DeltaLayerState(NamedTuple):
 
     conv: Any
     rule: Any
-
-
-@primitive
-def _split_heads(x: Any, heads: int) -> Any:
-    """(b, t, 3d) as three (b, heads, t, d/heads); see ``models.gpt_layers.split_heads``."""
-    b, t, width = x.shape
-    return tuple(x.reshape(b, t, 3, heads, width // (3 * heads)).transpose(2, 0, 3, 1, 4))
-
-
-_split_heads.derivative(
-    x=lambda g, like: ops.stack([part.swapaxes(1, 2) for part in g], axis=2).reshape(like.shape)
-)
 
 
 class DeltaNet(Module):
@@ -105,7 +93,7 @@ class DeltaNet(Module):
             earlier = state or DeltaLayerState((), ())
             mixed, conv = self.conv(mixed, earlier.conv)
             rule = earlier.rule
-        query, key, value = _split_heads(ops.silu(mixed), self.heads)
+        query, key, value = split_heads(ops.silu(mixed), self.heads)
         rates = self.rates(x).swapaxes(1, 2)  # (b, rates, t)
         y = self.attend(unit_length(query), unit_length(key), value, rates, rule)
         if state is not None:

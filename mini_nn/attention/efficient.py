@@ -36,6 +36,7 @@ from ..backend import Array
 from ..engine import data_of
 from ..ops.elementwise import of
 from .arguments import as_recurrence, check_attention, narrow, same_lead, wide, without_pads
+from .chunked import in_chunks
 
 __all__ = [
     "EfficientState", "causal_efficient_attention", "distribute_features", "double_attention",
@@ -197,7 +198,7 @@ def causal_efficient_attention(
         )
     if n:
         size = min(CHUNK, 1 << (n - 1).bit_length())
-        p, k, v = (_in_chunks(x, size, fill) for x, fill in ((p, 0.0), (k, NOTHING), (v, 0.0)))
+        p, k, v = (in_chunks(xp, x, size, fill) for x, fill in ((p, 0.0), (k, NOTHING), (v, 0.0)))
         inside = _running_log_sum(k)
         upto = _running_log_sum(_after(log_z, inside[..., -1, :]))  # L where each chunk ends
         before, end = upto[..., :-1, None, :], upto[..., 1:, None, :]
@@ -266,13 +267,3 @@ def _halves(x: Any, half: int) -> Any:
     """(…, size, d) as (…, blocks, 2, half, d)."""
     *lead, size, d = x.shape
     return x.reshape(*lead, size // (2 * half), 2, half, d)
-
-
-def _in_chunks(x: Any, size: int, fill: float) -> Any:
-    """(…, n, d) as (…, chunks, size, d), with ``fill`` after the last token."""
-    *lead, n, d = x.shape
-    missing = -n % size
-    if missing:
-        rest = of(data_of(x)).full((*lead, missing, d), fill, x.dtype)
-        x = ops.concatenate([x, rest], axis=-2)
-    return x.reshape(*lead, (n + missing) // size, size, d)

@@ -11,7 +11,6 @@ measured beside softmax attention, as the image grows.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -37,6 +36,7 @@ from ..data import nuclei
 from ..deformable import LAYERS, PixelNet
 from .base import Config, Result, Study
 from .deformable_figure import CAPTION, draw
+from .measure import milliseconds
 from .session import Session
 
 Batch = Callable[[Rng], tuple[Array, Array]]
@@ -229,12 +229,7 @@ def attention_costs(rng: Rng) -> dict[str, list[tuple[int, float]]]:
             "softmax": lambda: ops.scaled_dot_product_attention(query, key, value),  # noqa: B023
         }
         for name, run_once in passes.items():
-            times = []
-            for _ in range(5):
-                began = time.perf_counter()
-                backend.to_host(run_once())
-                times.append(time.perf_counter() - began)
-            costs[name].append((pixels, 1e3 * min(times)))
+            costs[name].append((pixels, milliseconds(run_once, 5)))
     return costs
 
 
